@@ -1,0 +1,145 @@
+"""DoRA (https://arxiv.org/abs/2402.09353): any other delta, with the weight's norms set to a learned magnitude."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..errors import ConversionError
+from .base import Delta, Factors, RowMap, Slots, computing
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DoraDelta(Delta):
+    """W' = magnitude · V / ‖V‖ with V = W + Δ of the inner delta; ΔW = W' − W.
+
+    Attributes:
+        inner: the delta whose direction is used; it also carries the bias.
+        magnitude: `[out]` or `[out, 1, …]` holds row norms (LyCORIS's default, PEFT always), `[1, in, 1, …]` column
+            norms (OneTrainer's default). The norm runs over all other dimensions.
+    """
+
+    kind: ClassVar[str] = "dora"
+
+    inner: Delta
+    magnitude: Tensor
+
+    @classmethod
+    def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
+        """Not used: `deltas.build` wraps the inner delta."""
+        raise TypeError("build a DoRA delta from its inner delta")
+
+    def slots(self) -> dict[str, Tensor]:
+        """See `Delta.slots`."""
+        return {**self.inner.slots(), "magnitude": self.magnitude}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the inner delta, and `magnitude`."""
+        return {**self.inner.tensors(), "magnitude": self.magnitude}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See `Delta.with_tensors`."""
+        inner = {name: tensor for name, tensor in tensors.items() if name != "magnitude"}
+        return replace(self, inner=self.inner.with_tensors(inner), magnitude=tensors.get("magnitude", self.magnitude))
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """See `Delta.shape`."""
+        return self.inner.shape
+
+    @property
+    def rank(self) -> int | None:
+        """Inner dimension of the inner delta."""
+        return self.inner.rank
+
+    @property
+    def alpha_value(self) -> float | None:
+        """Alpha of the inner delta."""
+        return self.inner.alpha_value
+
+    @property
+    def needs_base(self) -> bool:
+        """See `Delta.needs_base`."""
+        return True
+
+    @property
+    def per_input(self) -> bool:
+        """Whether the magnitude holds norms of columns rather than rows; the shape alone tells."""
+        return self.magnitude.ndim > 1 and self.magnitude.shape[0] == 1 and self.out_features != 1
+
+    def _gain(self, base_weight: Tensor | None) -> Tensor:
+        """magnitude / ‖W + Δ‖, `[out]` or `[in]`; the norm is a constant for the gradient, as in the paper."""
+        if base_weight is None:
+            raise ConversionError("DoRA's ΔW depends on the weight it is added to: pass base_weight")
+        base = computing(base_weight)
+        direction = base + self.inner.delta_weight(base_weight).view(base.shape).to(base.device)
+        axis = 1 if self.per_input else 0
+        norms = direction.detach().transpose(0, axis).flatten(1).norm(dim=1)
+        return computing(self.magnitude).flatten() / norms
+
+    def factors(self, base_weight: Tensor | None = None) -> Factors | None:
+        """The inner factors with the gain folded into `down` (per input) or `up` (per output)."""
+        inner = self.inner.factors(base_weight)
+        if inner is None:
+            return None
+        gain = self._gain(base_weight)
+        if self.per_input:
+            columns = gain.view(1, -1, *[1] * (inner.down.ndim - 2))
+            return replace(inner, down=computing(inner.down) * columns, in_gain=gain - 1)
+        return replace(inner, up=computing(inner.up) * gain[:, None], out_gain=gain - 1)
+
+    def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
+        """See `Delta.delta_weight`."""
+        gain = self._gain(base_weight)
+        assert base_weight is not None
+        base = computing(base_weight)
+        direction = base + self.inner.delta_weight(base_weight).view(base.shape)
+        shape = [1] * base.ndim
+        shape[1 if self.per_input else 0] = -1
+        return gain.view(shape) * direction - base
+
+    def delta_bias(self) -> Tensor | None:
+        """Change of the bias by the inner delta."""
+        return self.inner.delta_bias()
+
+    def map_rows(self, change: RowMap) -> Self:
+        """See `Delta.map_rows`.
+
+        Raises:
+            ConversionError: column norms run over all rows, so a part of the rows has none of its own.
+        """
+        if self.per_input:
+            raise ConversionError(
+                "a DoRA magnitude per input column belongs to all rows of a fused module and cannot be cut to a part",
+                mend="Load it onto a model with the fused module, or retrain with the magnitude per output.",
+            )
+        return replace(self, inner=self.inner.map_rows(change), magnitude=change(self.magnitude))
+
+    def rows(self, start: int, stop: int) -> Delta:
+        """See `Delta.rows`."""
+        return self.split([start, stop - start, self.out_features - stop])[1]
+
+    def swap_halves(self) -> Delta:
+        """See `Delta.swap_halves`; column norms do not depend on the order of rows."""
+        if self.per_input:
+            return replace(self, inner=self.inner.swap_halves())
+        return replace(self, inner=self.inner.swap_halves(), magnitude=torch.cat(self.magnitude.chunk(2)[::-1]))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        """See `Delta.split`."""
+        if self.per_input:
+            self.map_rows(lambda tensor: tensor)
+        magnitudes = self.magnitude.split(list(sizes))
+        inners = self.inner.split(sizes)
+        return [replace(self, inner=inner, magnitude=part) for inner, part in zip(inners, magnitudes, strict=True)]
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> "DoraDelta":
+        """See `Delta.join`."""
+        if any(part.per_input for part in parts):
+            raise ConversionError("DoRA magnitudes per input column of separate modules cannot become one fused module's")
+        inner = type(parts[0].inner).join([part.inner for part in parts])
+        return cls(inner=inner, magnitude=torch.cat([part.magnitude for part in parts]))

@@ -1,0 +1,190 @@
+"""LoRA and LoCon: ΔW = scaling · up @ down (https://arxiv.org/abs/2106.09685), with an optional Tucker core."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..errors import ConversionError, MalformedAdapterError
+from .base import Delta, Factors, Slots, check_sizes, computing, join_optional
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoraDelta(Delta):
+    """ΔW = scaling · up @ down.
+
+    Attributes:
+        down: `[rank, in]`, or `[rank, in, *kernel]` for a convolution (`[rank, in, 1, …]` beside a Tucker core).
+        up: `[out, rank]`, kept in the file's shape (`[out, rank, 1, 1]` for a convolution).
+        mid: Tucker core `[rank, rank, *kernel]`, or None (LoCon, LyCORIS).
+        up_bias: bias of the up factor `[out]`, scaled like the product (PEFT's `lora_bias`, BFL control files).
+        alpha: numerator of the scaling alpha / rank; None and 0 mean a scaling of 1.
+        rslora: the scaling is alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732).
+    """
+
+    kind: ClassVar[str] = "lora"
+    row_fields: ClassVar[tuple[str, ...]] = ("up", "up_bias")
+
+    down: Tensor
+    up: Tensor
+    mid: Tensor | None = None
+    up_bias: Tensor | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    @classmethod
+    def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
+        """See `Delta.from_slots`."""
+        down, up, mid = slots["down"], slots["up"], slots.get("mid")
+        joints = (down.shape[0], up.shape[1]) if mid is None else (down.shape[0], mid.shape[1], mid.shape[0], up.shape[1])
+        if down.ndim < 2 or up.ndim < 2 or joints[0] != joints[1] or joints[-2] != joints[-1]:
+            raise MalformedAdapterError(
+                f"the factors do not multiply: down is {list(down.shape)}, up is {list(up.shape)}"
+                + ("" if mid is None else f", mid is {list(mid.shape)}")
+            )
+        return cls(down=down, up=up, mid=mid, up_bias=slots.get("up_bias"), bias=slots.get("bias"), alpha=alpha)
+
+    def slots(self) -> dict[str, Tensor]:
+        """See `Delta.slots`."""
+        return self.tensors()
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension."""
+        return self.down.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA; 1 where no alpha is given."""
+        if not self.alpha:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Delta.shape`."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    def factors(self, base_weight: Tensor | None = None) -> Factors:
+        """See `Delta.factors`; a Tucker core is multiplied into `down`."""
+        down = self.down
+        if self.mid is not None:
+            down = torch.einsum("ab...,bi->ai...", computing(self.mid), computing(down.flatten(1)))
+        return Factors(down, self.up.flatten(1), self.scaling)
+
+    def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
+        """See `Delta.delta_weight`."""
+        factors = self.factors()
+        down, up = computing(factors.down), computing(factors.up)
+        return (up @ down.flatten(1) * self.scaling).view(self.shape)
+
+    def delta_bias(self) -> Tensor | None:
+        """`scaling · up_bias + bias`."""
+        if self.up_bias is None:
+            return self.bias
+        scaled = computing(self.up_bias) * self.scaling
+        return scaled if self.bias is None else scaled + self.bias
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        """See `Delta.split`.
+
+        Rows of ΔW are rows of `up`, so `down` is shared by all parts. A block-diagonal `up` (parts trained apart
+        and fused for saving) gives each part its own block of the rank instead; rank and alpha shrink together.
+        """
+        check_sizes(self.out_features, sizes)
+        parts = self.up.split(list(sizes))
+        blocks = _diagonal_blocks(parts, self.rank) if self.mid is None else None
+        if blocks is None:
+            return super().split(sizes)
+        row_biases = [self._row_vectors(start, start + size) for start, size in _spans(sizes)]
+        return [
+            replace(
+                self,
+                down=self.down[columns],
+                up=part[:, columns],
+                alpha=self._alpha_at_rank(columns.stop - columns.start),
+                **biases,
+            )
+            for part, columns, biases in zip(parts, blocks, row_biases, strict=True)
+        ]
+
+    def _row_vectors(self, start: int, stop: int) -> dict[str, Tensor]:
+        vectors = {"up_bias": self.up_bias, "bias": self.bias}
+        return {name: vector[start:stop] for name, vector in vectors.items() if vector is not None}
+
+    def _alpha_at_rank(self, rank: int) -> float | None:
+        """The alpha that keeps the scaling at another rank."""
+        if not self.alpha:
+            return self.alpha
+        return self.alpha * (math.sqrt(rank / self.rank) if self.rslora else rank / self.rank)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> "LoraDelta":
+        """See `Delta.join`: equal `down` factors are kept once, others make `up` block-diagonal."""
+        first = parts[0]
+        sizes = [part.out_features for part in parts]
+        if any(part.mid is not None for part in parts):
+            raise ConversionError("LoCon deltas with a Tucker core cannot be stacked into one fused module")
+        ratios = [part.scaling / first.scaling for part in parts]
+        ups = [_times(part.up, ratio) for part, ratio in zip(parts, ratios, strict=True)]
+        up_biases = [part.up_bias if part.up_bias is None else _times(part.up_bias, r) for part, r in zip(parts, ratios)]
+        biases = {
+            "up_bias": join_optional(up_biases, sizes),
+            "bias": join_optional([part.bias for part in parts], sizes),
+        }
+        if all(_same(part.down, first.down) for part in parts[1:]):
+            return replace(first, up=torch.cat(ups), **biases)
+        rank = sum(part.rank for part in parts)
+        up = first.up.new_zeros(sum(sizes), rank, *first.up.shape[2:])
+        column = 0
+        for (start, size), part, block in zip(_spans(sizes), parts, ups, strict=True):
+            up[start : start + size, column : column + part.rank] = block
+            column += part.rank
+        return replace(
+            first, down=torch.cat([p.down for p in parts]), up=up, alpha=first._alpha_at_rank(rank), **biases
+        )
+
+
+def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def _diagonal_blocks(parts: Sequence[Tensor], rank: int) -> list[slice] | None:
+    """Columns of `up` that each part alone uses, if they are equal consecutive blocks of the rank."""
+    count = len(parts)
+    if count < 2 or rank % count or parts[0].is_meta:
+        return None
+    if not any(part.any() for part in parts):
+        return None  # an untrained adapter: its rank must survive
+    step = rank // count
+    blocks = [slice(index * step, (index + 1) * step) for index in range(count)]
+    for part, block in zip(parts, blocks, strict=True):
+        # One row tells almost every dense factor apart, and spares reading the rest.
+        for rows in (part[:1], part):
+            if rows[:, : block.start].any() or rows[:, block.stop :].any():
+                return None
+    return blocks
+
+
+def _times(factor: Tensor, ratio: float) -> Tensor:
+    """A factor under another scaling; refuses to round."""
+    if ratio == 1:
+        return factor
+    wanted = factor.double() * ratio
+    rounded = wanted.to(factor.dtype)
+    if not torch.equal(rounded.double(), wanted):
+        raise ConversionError(
+            f"parts whose scalings differ by a factor of {ratio:g} cannot share one alpha in {factor.dtype} without "
+            "rounding",
+            mend="Write with dtype=torch.float32, or a format with split names.",
+        )
+    return rounded
