@@ -1,0 +1,62 @@
+"""Flux.1: dev, schnell, Kontext, Fill and the Control files, plus XLabs and OMI spellings."""
+
+from .family import Family, Shape
+from .rules import Names
+from .text_encoders import CLIP, T5
+
+TRANSFORMER = Names(
+    """
+img_in -> x_embedder ; txt_in -> context_embedder
+time_in.in_layer -> time_text_embed.timestep_embedder.linear_1
+time_in.out_layer -> time_text_embed.timestep_embedder.linear_2
+vector_in.in_layer -> time_text_embed.text_embedder.linear_1
+vector_in.out_layer -> time_text_embed.text_embedder.linear_2
+guidance_in.in_layer -> time_text_embed.guidance_embedder.linear_1
+guidance_in.out_layer -> time_text_embed.guidance_embedder.linear_2
+final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.linear ~
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn.qkv -> attn.to_q | attn.to_k | attn.to_v
+  txt_attn.qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj
+  img_attn.proj -> attn.to_out.0 ; txt_attn.proj -> attn.to_add_out
+  img_mlp.0 -> ff.net.0.proj ; img_mlp.2 -> ff.net.2
+  txt_mlp.0 -> ff_context.net.0.proj ; txt_mlp.2 -> ff_context.net.2
+  img_mod.lin -> norm1.linear ; txt_mod.lin -> norm1_context.linear
+  img_attn.norm.query_norm -> attn.norm_q ; img_attn.norm.key_norm -> attn.norm_k
+  txt_attn.norm.query_norm -> attn.norm_added_q ; txt_attn.norm.key_norm -> attn.norm_added_k
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4
+  linear2 -> proj_out ; modulation.lin -> norm.linear
+  norm.query_norm -> attn.norm_q ; norm.key_norm -> attn.norm_k
+""",
+    # 1 is the image stream, 2 the text stream; a single block's qkv has no mlp part here.
+    xlabs="""
+[double_blocks.{i} -> transformer_blocks.{i}]
+  processor.qkv_lora1 -> attn.to_q | attn.to_k | attn.to_v
+  processor.qkv_lora2 -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj
+  processor.proj_lora1 -> attn.to_out.0 ; processor.proj_lora2 -> attn.to_add_out
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  processor.qkv_lora -> attn.to_q | attn.to_k | attn.to_v ; processor.proj_lora -> proj_out
+""",
+    omi="""
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn.qkv.0 -> attn.to_q ; img_attn.qkv.1 -> attn.to_k ; img_attn.qkv.2 -> attn.to_v
+  txt_attn.qkv.0 -> attn.add_q_proj ; txt_attn.qkv.1 -> attn.add_k_proj ; txt_attn.qkv.2 -> attn.add_v_proj
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  linear1.0 -> attn.to_q ; linear1.1 -> attn.to_k ; linear1.2 -> attn.to_v ; linear1.3 -> proj_mlp
+""",
+    absent=("time_text_embed.guidance_embedder.linear_{i}",),
+)
+
+FLUX1 = Family(
+    name="flux1",
+    components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5},
+    model_classes=("FluxTransformer2DModel",),
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (9216, 3072)),
+        Shape("transformer", "x_embedder", (3072, 64)),
+        Shape("transformer", "context_embedder", (3072, 4096)),
+    ),
+    # A Control file brings an x_embedder for the picture's and the control's channels side by side.
+    widens=("x_embedder",),
+)

@@ -1,0 +1,298 @@
+"""The row language in which a family says its names, and the two-way index that is built from it.
+
+    img_in -> x_embedder                                   rename
+    img_mod.linear, img_mod.lin -> norm1.linear            two spellings of one source; the first is written
+    linear1 -> attn.to_q | attn.to_k | proj_mlp:4          split of the rows; `:4` is this part's share of them
+    final_layer.adaLN_modulation.1 -> norm_out.linear ~    the two halves of the rows change places
+    context.adaLN -> norm1_context.linear ~last            … in the last block only
+    modulation -> scale_shift_table (p)                    a raw parameter, not a module
+    adaln_single.** -> time_embed.**                       the rest of the path stays
+    llm_adapter.** -> @text_conditioner.**                 another component
+    proj_out                                               the same name on both sides
+    [double_blocks.{i} -> transformer_blocks.{i} ; …]      prefixes of the indented rows below
+
+Rules are whole-path templates, matched in no order. A name is looked up *flattened*: dots become underscores, and numbers
+become holes, so dotted, half-flattened and flattened spellings of one name are one entry, found in one step.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+HOLE = re.compile(r"\{(\w+)\}")
+NUMBER = re.compile(r"\d+")
+Dialect = Literal["original", "xlabs", "omi"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: a source template and the diffusers templates that its rows of weight go to."""
+
+    source: str
+    targets: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+    swap: Literal["", "all", "last"] = ""
+    parameter: bool = False
+    component: str | None = None
+    dialect: Dialect | None = "original"
+    written: bool = True
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a file's module name means: diffusers paths with their share of the rows, and what happens to the rows."""
+
+    rule: Rule
+    paths: tuple[str, ...]
+    block: int | None
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether the name was a diffusers name already."""
+        return self.rule.dialect is None
+
+
+def flatten(name: str) -> str:
+    """Dots to underscores, runs of them to one, `processor` and outer underscores gone."""
+    flat = re.sub(r"_+", "_", name.replace(".", "_")).strip("_")
+    return flat.replace("processor_", "")
+
+
+def parse_rows(table: str, dialect: Dialect | None = "original") -> Iterator[Rule]:
+    """Read a table in the row language.
+
+    Raises:
+        ValueError: a line that is not of the language; tables are source code, so this is a defect of ours.
+    """
+    prefixes = [("", "")]
+    for line in table.splitlines():
+        text = line.split("#")[0].rstrip()
+        if not text.strip():
+            continue
+        if text.startswith("["):
+            prefixes = [_prefix(part) for part in text.strip("[] ").split(";")]
+            continue
+        if not text.startswith(" "):
+            prefixes = [("", "")]
+        for row in text.split(";"):
+            for before, after in prefixes:
+                yield from _parse_row(row.strip(), before, after, dialect)
+
+
+def _prefix(text: str) -> tuple[str, str]:
+    before, _, after = (part.strip() for part in text.partition("->"))
+    return f"{before}.", f"{after or before}."
+
+
+def _parse_row(row: str, before: str, after: str, dialect: Dialect | None) -> Iterator[Rule]:
+    text, parameter = _flag(row, "(p)")
+    text, last = _flag(text, "~last")
+    text, swapped = _flag(text, "~")
+    left, arrow, right = text.partition("->")
+    sources = [source.strip() for source in left.split(",")]
+    targets = [target.strip() for target in (right if arrow else sources[0]).split("|")]
+    if not all(sources) or not all(targets):
+        raise ValueError(f"not a row of the table language: {row!r}")
+    component = None
+    if targets[0].startswith("@"):
+        component, _, targets[0] = targets[0][1:].partition(".")
+        after = ""
+    paths, shares = zip(*(target.partition(":")[::2] for target in targets), strict=True)
+    same = not arrow and before == after
+    for index, source in enumerate(sources):
+        yield Rule(
+            source=before + source,
+            targets=tuple(after + path for path in paths),
+            shares=tuple(int(share or 1) for share in shares),
+            swap="last" if last else "all" if swapped else "",
+            parameter=parameter,
+            component=component,
+            dialect=None if same else dialect,
+            written=index == 0,
+        )
+
+
+def _flag(text: str, flag: str) -> tuple[str, bool]:
+    return text.removesuffix(flag).rstrip(), text.endswith(flag)
+
+
+class Names:
+    """All names of one component: rows of each dialect, and the names that are equal on both sides.
+
+    Args:
+        original: rows of the checkpoint that the model was published with.
+        same: rows without an arrow: diffusers' names that no other row mentions.
+        xlabs: rows of the XLabs trainers' names.
+        omi: rows of the OMI (OneTrainer) names.
+        extra: rules made by code, for the families whose block numbering needs arithmetic.
+        optional_prefixes: leading path parts that some versions of the model class have and others have not.
+        absent: templates of modules that some published sizes lack; a key for them is ignored with that reason.
+    """
+
+    def __init__(
+        self,
+        original: str = "",
+        *,
+        same: str = "",
+        xlabs: str = "",
+        omi: str = "",
+        extra: Iterable[Rule] = (),
+        optional_prefixes: tuple[str, ...] = (),
+        absent: tuple[str, ...] = (),
+    ) -> None:
+        self.rules = (
+            *parse_rows(original),
+            *parse_rows(same, None),
+            *extra,
+            *parse_rows(xlabs, "xlabs"),
+            *parse_rows(omi, "omi"),
+        )
+        self.optional_prefixes = optional_prefixes
+        self.absent = absent
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Every diffusers template, once, wildcards left out."""
+        own = (target for rule in self.rules if rule.component is None for target in rule.targets)
+        return tuple(dict.fromkeys(target for target in own if not target.endswith("**")))
+
+    @cached_property
+    def _sources(self) -> Mapping[str, list["_Template"]]:
+        rules = (rule for rule in self.rules if not rule.source.endswith("**"))
+        return _index(_Template(rule.source, rule) for rule in rules if rule.dialect is not None)
+
+    @cached_property
+    def _paths(self) -> Mapping[str, list["_Template"]]:
+        plain = [Rule(source=path, targets=(path,), dialect=None) for path in self.modules]
+        without = [
+            _Template(path.removeprefix(prefix), rule)
+            for path, rule in zip(self.modules, plain, strict=True)
+            for prefix in self.optional_prefixes
+            if path.startswith(prefix)
+        ]
+        return _index([*(_Template(rule.source, rule) for rule in plain), *without])
+
+    @cached_property
+    def _wildcards(self) -> tuple[Rule, ...]:
+        """Longest source first, so that the most exact prefix is taken."""
+        rules = (rule for rule in self.rules if rule.source.endswith("**"))
+        return tuple(sorted(rules, key=lambda rule: -len(rule.source)))
+
+    def resolve(self, name: str) -> list[Resolved]:
+        """All readings of a module name in any spelling: none, one, or one original and one diffusers reading.
+
+        Args:
+            name: the module's name in the file, prefix and suffix off, dotted or flattened.
+        """
+        flat = flatten(name)
+        hits = [hit for hit in (self._lookup(self._paths, flat), self._lookup(self._sources, flat)) if hit]
+        if not hits and (hit := self._by_wildcard(name, flat)):
+            hits.append(hit)
+        if not hits and flat.endswith("_lora"):  # 2023's diffusers: …attn1.processor.to_q_lora
+            return self.resolve(flat.removesuffix("_lora"))
+        if len(hits) == 2 and hits[0].paths == hits[1].paths:
+            return hits[:1]
+        return hits
+
+    def _lookup(self, index: Mapping[str, list["_Template"]], flat: str) -> Resolved | None:
+        for template in index.get(NUMBER.sub("#", flat), ()):
+            values = template.match(NUMBER.findall(flat))
+            if values is not None:
+                return _resolved(template.rule, values)
+        return None
+
+    def _by_wildcard(self, name: str, flat: str) -> Resolved | None:
+        for rule in self._wildcards:
+            prefix = flatten(rule.source.removesuffix("**"))
+            found = re.match(re.sub(r"\\\{\w+\\\}", r"(\\d+)", re.escape(prefix)) + "_", flat)
+            if found is None:
+                continue
+            values = dict(zip(HOLE.findall(rule.source), found.groups(), strict=True))
+            head = _fill(rule.targets[0].removesuffix("**"), values)
+            tail = flat[found.end() :]
+            known = self._lookup(self._paths, flatten(head) + "_" + tail)
+            if known is not None:
+                return Resolved(rule, known.paths, known.block)
+            if rule.component is not None or "." in name:
+                depth = rule.source.count(".")
+                dotted = ".".join(name.split(".")[depth:]) if "." in name else tail
+                return Resolved(rule, (head + dotted,), None)
+        return None
+
+    def is_optional(self, path: str) -> bool:
+        """Whether published sizes of this family lack this module."""
+        flat = NUMBER.sub("#", flatten(path))
+        holes = (NUMBER.sub("#", HOLE.sub("#", flatten(template))) for template in self.absent)
+        return any(flat == hole or (hole.endswith("**") and flat.startswith(hole[:-2])) for hole in holes)
+
+    def writing(self, dialect: Dialect) -> "Writing":
+        """The same table, read from diffusers names to those of a dialect."""
+        return Writing(self, dialect)
+
+
+class Writing:
+    """Diffusers names -> names of a dialect, fused rows regrouped."""
+
+    def __init__(self, names: Names, dialect: Dialect) -> None:
+        rules = [rule for rule in names.rules if rule.dialect == dialect and rule.written and rule.component is None]
+        plain = [rule for rule in rules if not rule.source.endswith("**")]
+        self._rules = _index(_Template(target, rule) for rule in plain for target in rule.targets)
+        self._wildcards = [rule for rule in rules if rule.source.endswith("**")]
+
+    def source(self, path: str) -> tuple[str, Resolved]:
+        """The name that this diffusers path is part of, and all the paths that share it, in order."""
+        flat = flatten(path)
+        for template in self._rules.get(NUMBER.sub("#", flat), ()):
+            values = template.match(NUMBER.findall(flat))
+            if values is not None:
+                resolved = _resolved(template.rule, values)
+                if path in resolved.paths:
+                    return _fill(template.rule.source, values), resolved
+        for rule in self._wildcards:
+            head = rule.targets[0].removesuffix("**")
+            pattern = re.sub(r"\\\{\w+\\\}", r"(\\d+)", re.escape(head))
+            found = re.match(pattern, path)
+            if found is not None:
+                values = dict(zip(HOLE.findall(head), found.groups(), strict=True))
+                source = _fill(rule.source.removesuffix("**"), values) + path[found.end() :]
+                return source, Resolved(rule, (path,), None)
+        return path, Resolved(Rule(path, (path,), dialect=None), (path,), None)
+
+
+class _Template:
+    """A path template, ready to be matched against the numbers of a flattened name."""
+
+    def __init__(self, template: str, rule: Rule) -> None:
+        flat = flatten(template)
+        self.rule = rule
+        self.key = NUMBER.sub("#", HOLE.sub("#", flat))
+        self._numbers = re.findall(r"\{\w+\}|\d+", flat)
+
+    def match(self, numbers: list[str]) -> dict[str, str] | None:
+        """Values of the holes, or None where a literal number differs."""
+        values: dict[str, str] = {}
+        for own, number in zip(self._numbers, numbers, strict=True):
+            if own[0] != "{":
+                if own != number:
+                    return None
+            elif values.setdefault(own[1:-1], number) != number:
+                return None
+        return values
+
+
+def _index(templates: Iterable[_Template]) -> dict[str, list[_Template]]:
+    index: dict[str, list[_Template]] = {}
+    for template in templates:
+        index.setdefault(template.key, []).append(template)
+    return index
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return HOLE.sub(lambda hole: values[hole[1]], template)
+
+
+def _resolved(rule: Rule, values: Mapping[str, str]) -> Resolved:
+    block = int(values["i"]) if "i" in values else None
+    return Resolved(rule, tuple(_fill(target, values) for target in rule.targets), block)

@@ -1,0 +1,103 @@
+"""Stable Diffusion 1.5, 2 and XL: UNet names, with the block numbering of the original checkpoints worked out."""
+
+from collections.abc import Iterator, Sequence
+
+from .family import Family, Shape
+from .rules import Names, Rule, parse_rows
+from .text_encoders import CLIP
+
+RESNET = """
+  in_layers.0 -> norm1 ; in_layers.2 -> conv1 ; emb_layers.1 -> time_emb_proj
+  out_layers.0 -> norm2 ; out_layers.3 -> conv2 ; skip_connection -> conv_shortcut
+"""
+
+# The same on both sides inside an attention block.
+TRANSFORMER = """
+  norm ; proj_in ; proj_out
+"""
+BLOCK = """
+  attn1.to_q ; attn1.to_k ; attn1.to_v ; attn1.to_out.0 ; attn2.to_q ; attn2.to_k ; attn2.to_v ; attn2.to_out.0
+  ff.net.0.proj ; ff.net.2 ; norm1 ; norm2 ; norm3
+"""
+
+DIFFUSERS = f"""
+conv_in ; conv_norm_out ; conv_out ; time_embedding.linear_1 ; time_embedding.linear_2
+add_embedding.linear_1 ; add_embedding.linear_2
+[down_blocks.{{i}}.attentions.{{j}} ; up_blocks.{{i}}.attentions.{{j}} ; mid_block.attentions.{{j}}]
+{TRANSFORMER}
+[down_blocks.{{i}}.attentions.{{j}}.transformer_blocks.{{k}} ; up_blocks.{{i}}.attentions.{{j}}.transformer_blocks.{{k}} ; mid_block.attentions.{{j}}.transformer_blocks.{{k}}]
+{BLOCK}
+[down_blocks.{{i}}.resnets.{{j}} ; up_blocks.{{i}}.resnets.{{j}} ; mid_block.resnets.{{j}}]
+  norm1 ; conv1 ; time_emb_proj ; norm2 ; conv2 ; conv_shortcut
+[down_blocks.{{i}}]
+  downsamplers.0.conv
+[up_blocks.{{i}}]
+  upsamplers.0.conv
+"""
+
+
+def original_rows(down_attention: Sequence[bool], layers: int = 2) -> Iterator[Rule]:
+    """Rows of a UNet whose level i has attention where `down_attention[i]` says so, with `layers` resnets a level.
+
+    The original numbers its blocks through all levels: input block 0 is `conv_in`, then each level has `layers` blocks
+    and, but for the last, a downsampler. Output blocks mirror them with `layers + 1` a level.
+    """
+    levels = len(down_attention)
+    step = layers + 1
+    table = [
+        "time_embed.0 -> time_embedding.linear_1 ; time_embed.2 -> time_embedding.linear_2",
+        "label_emb.0.0 -> add_embedding.linear_1 ; label_emb.0.2 -> add_embedding.linear_2",
+        "input_blocks.0.0 -> conv_in ; out.0 -> conv_norm_out ; out.2 -> conv_out",
+        "middle_block.1.** -> mid_block.attentions.0.**",
+    ]
+    resnets = ["middle_block.0 -> mid_block.resnets.0", "middle_block.2 -> mid_block.resnets.1"]
+    for i in range(levels):
+        up_attention = down_attention[levels - 1 - i]
+        for j in range(layers):
+            n = step * i + j + 1
+            resnets.append(f"input_blocks.{n}.0 -> down_blocks.{i}.resnets.{j}")
+            if down_attention[i]:
+                table.append(f"input_blocks.{n}.1.** -> down_blocks.{i}.attentions.{j}.**")
+        for j in range(step):
+            n = step * i + j
+            resnets.append(f"output_blocks.{n}.0 -> up_blocks.{i}.resnets.{j}")
+            if up_attention:
+                table.append(f"output_blocks.{n}.1.** -> up_blocks.{i}.attentions.{j}.**")
+        if i < levels - 1:
+            table.append(f"input_blocks.{step * (i + 1)}.0.op -> down_blocks.{i}.downsamplers.0.conv")
+            slot = 2 if up_attention else 1
+            table.append(f"output_blocks.{step * i + layers}.{slot}.conv -> up_blocks.{i}.upsamplers.0.conv")
+    yield from parse_rows("\n".join([*table, f"[{' ; '.join(resnets)}]", RESNET]))
+
+
+SD_UNET = Names(same=DIFFUSERS, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}",))
+SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows((False, True, True)))
+
+CROSS_K = "down_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
+UP_CROSS_K = "up_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
+MID_CROSS_K = "mid_block.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
+
+
+def _cross_attention(width: int) -> tuple[Shape, ...]:
+    values = (path.replace("to_k", "to_v") for path in (CROSS_K, UP_CROSS_K, MID_CROSS_K))
+    return tuple(Shape("unet", path, (None, width)) for path in (CROSS_K, UP_CROSS_K, MID_CROSS_K, *values))
+
+
+SD15 = Family(
+    name="sd15",
+    components={"unet": SD_UNET, "text_encoder": CLIP},
+    model_classes=("UNet2DConditionModel",),
+    shapes=(*_cross_attention(768), Shape("text_encoder", "text_model.encoder.layers.{i}.mlp.fc1", (3072, 768))),
+)
+SD2 = Family(
+    name="sd2",
+    components={"unet": SD_UNET, "text_encoder": CLIP},
+    model_classes=("UNet2DConditionModel",),
+    shapes=(*_cross_attention(1024), Shape("text_encoder", "text_model.encoder.layers.{i}.mlp.fc1", (4096, 1024))),
+)
+SDXL = Family(
+    name="sdxl",
+    components={"unet": SDXL_UNET, "text_encoder": CLIP, "text_encoder_2": CLIP},
+    model_classes=("UNet2DConditionModel",),
+    shapes=(*_cross_attention(2048), Shape("text_encoder_2", "text_model.encoder.layers.{i}.mlp.fc1", (5120, 1280))),
+)
