@@ -10,18 +10,45 @@ from .base import Factors as Factors
 from .dora import DoraDelta as DoraDelta
 from .full import FullDelta as FullDelta
 from .full import SetDelta as SetDelta
+from .glora import GloraDelta as GloraDelta
+from .ia3 import Ia3Delta as Ia3Delta
+from .loha import LohaDelta as LohaDelta
+from .lokr import LokrDelta as LokrDelta
 from .lora import LoraDelta as LoraDelta
+from .oft import InputOftDelta as InputOftDelta
+from .oft import OftDelta as OftDelta
+from .rows import RowsDelta as RowsDelta
+from .sparse import SparseDelta as SparseDelta
 
 # Needed slots -> algebra. The first line whose slots are all there is taken; every slot it may use stands beside it.
 ALGEBRAS: tuple[tuple[frozenset[str], frozenset[str], type[Delta]], ...] = (
     (frozenset({"down", "up"}), frozenset({"mid", "up_bias", "bias"}), LoraDelta),
+    (frozenset({"embedding_down", "embedding_up"}), frozenset({"bias"}), LoraDelta),
+    (
+        frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
+        frozenset({"bias"}),
+        LohaDelta,
+    ),
+    (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}), frozenset({"bias"}), LohaDelta),
+    (frozenset({"lokr_w1", "lokr_w2"}), frozenset({"bias"}), LokrDelta),
+    (frozenset({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}), frozenset({"lokr_t2", "bias"}), LokrDelta),
+    (frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}), frozenset({"bias"}), LokrDelta),
+    (frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}), frozenset({"lokr_t2", "bias"}), LokrDelta),
+    (frozenset({"oft_blocks"}), frozenset({"rescale", "bias"}), OftDelta),
+    (frozenset({"oft_diag"}), frozenset({"rescale", "bias"}), OftDelta),
+    (frozenset({"oft_R"}), frozenset({"scaled_oft", "bias"}), InputOftDelta),
+    (frozenset({"a1", "a2", "b1", "b2"}), frozenset({"bm", "bias"}), GloraDelta),
+    (frozenset({"weight", "on_input"}), frozenset({"bias"}), Ia3Delta),
     (frozenset({"set_weight"}), frozenset({"bias"}), SetDelta),
     (frozenset({"diff"}), frozenset({"bias"}), FullDelta),
+    (frozenset({"diff_m"}), frozenset(), FullDelta),
     (frozenset({"w_norm"}), frozenset({"b_norm"}), FullDelta),
     (frozenset({"b_norm"}), frozenset(), FullDelta),
     (frozenset({"bias"}), frozenset(), FullDelta),
 )
-WRAPPERS = frozenset({"magnitude"})
+SPARSE = frozenset({"bias_indices", "bias_values", "bias_size"})
+BESIDE = SPARSE | {"magnitude", "reshape_weight"}
+"""Slots that go with any algebra: a sparse remainder, DoRA's norms, the shape to pad the weight to (ComfyUI)."""
 
 
 def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
@@ -30,11 +57,25 @@ def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
     Raises:
         MalformedAdapterError: half a pair, slots that do not belong together, or shapes that do not multiply.
     """
-    given = frozenset(slots) - WRAPPERS
+    delta = _build_plain({name: tensor for name, tensor in slots.items() if name not in BESIDE}, alpha)
+    if "reshape_weight" in slots:
+        _check_reshape(delta, slots["reshape_weight"])
+    if SPARSE & slots.keys():
+        delta = SparseDelta.wrap(delta, slots)
+    return DoraDelta(inner=delta, magnitude=slots["magnitude"]) if "magnitude" in slots else delta
+
+
+def _check_reshape(delta: Delta, shape: Tensor) -> None:
+    """The padded shape is that of ΔW, so it needs no keeping."""
+    if not shape.is_meta and not delta.fits(shape.tolist()):
+        raise MalformedAdapterError(f"reshape_weight says {shape.tolist()}, the delta is for {list(delta.shape or ())}")
+
+
+def _build_plain(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
+    given = frozenset(slots)
     for needed, optional, algebra in ALGEBRAS:
         if needed <= given <= needed | optional:
-            delta = algebra.from_slots(slots, alpha)
-            return DoraDelta(inner=delta, magnitude=slots["magnitude"]) if "magnitude" in slots else delta
+            return algebra.from_slots(slots, alpha)
     nearest = max(ALGEBRAS, key=lambda line: len(line[0] & given))
     if nearest[0] & given:
         missing, foreign = nearest[0] - given, given - nearest[0] - nearest[1]

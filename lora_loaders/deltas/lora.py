@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import ConversionError, MalformedAdapterError
-from .base import Delta, Factors, Slots, check_sizes, computing, join_optional
+from .base import Delta, Factors, Slots, check_sizes, computing, join_optional, same
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -23,6 +23,7 @@ class LoraDelta(Delta):
         mid: Tucker core `[rank, rank, *kernel]`, or None (LoCon, LyCORIS).
         up_bias: bias of the up factor `[out]`, scaled like the product (PEFT's `lora_bias`, BFL control files).
         alpha: numerator of the scaling alpha / rank; None and 0 mean a scaling of 1.
+        embedding: the file spells it as an embedding's factors (PEFT's `lora_embedding_A`, `…_B`); kept to write back.
         rslora: the scaling is alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732).
     """
 
@@ -35,12 +36,19 @@ class LoraDelta(Delta):
     up_bias: Tensor | None = None
     alpha: float | None = None
     rslora: bool = False
+    embedding: bool = False
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
-        """See `Delta.from_slots`."""
+        """See `Delta.from_slots`; an embedding's `[tokens, features]` weight is its factors' product transposed."""
+        if "embedding_down" in slots:
+            down, up = slots["embedding_up"].t(), slots["embedding_down"].t()
+            rest = {name: slots[name] for name in slots if not name.startswith("embedding_")}
+            return replace(cls.from_slots({**rest, "down": down, "up": up}, alpha), embedding=True)
         down, up, mid = slots["down"], slots["up"], slots.get("mid")
-        joints = (down.shape[0], up.shape[1]) if mid is None else (down.shape[0], mid.shape[1], mid.shape[0], up.shape[1])
+        joints = (
+            (down.shape[0], up.shape[1]) if mid is None else (down.shape[0], mid.shape[1], mid.shape[0], up.shape[1])
+        )
         if down.ndim < 2 or up.ndim < 2 or joints[0] != joints[1] or joints[-2] != joints[-1]:
             raise MalformedAdapterError(
                 f"the factors do not multiply: down is {list(down.shape)}, up is {list(up.shape)}"
@@ -50,6 +58,8 @@ class LoraDelta(Delta):
 
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
+        if self.embedding:
+            return {"embedding_down": self.up.t(), "embedding_up": self.down.t()}
         return self.tensors()
 
     @property
@@ -132,12 +142,15 @@ class LoraDelta(Delta):
             raise ConversionError("LoCon deltas with a Tucker core cannot be stacked into one fused module")
         ratios = [part.scaling / first.scaling for part in parts]
         ups = [_times(part.up, ratio) for part, ratio in zip(parts, ratios, strict=True)]
-        up_biases = [part.up_bias if part.up_bias is None else _times(part.up_bias, r) for part, r in zip(parts, ratios)]
+        up_biases = [
+            part.up_bias if part.up_bias is None else _times(part.up_bias, r)
+            for part, r in zip(parts, ratios, strict=True)
+        ]
         biases = {
             "up_bias": join_optional(up_biases, sizes),
             "bias": join_optional([part.bias for part in parts], sizes),
         }
-        if all(_same(part.down, first.down) for part in parts[1:]):
+        if all(same(part.down, first.down) for part in parts[1:]):
             return replace(first, up=torch.cat(ups), **biases)
         rank = sum(part.rank for part in parts)
         up = first.up.new_zeros(sum(sizes), rank, *first.up.shape[2:])
@@ -152,10 +165,6 @@ class LoraDelta(Delta):
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _diagonal_blocks(parts: Sequence[Tensor], rank: int) -> list[slice] | None:

@@ -1,8 +1,9 @@
 """What one model family is: names for each component, and the few facts that tell it from its neighbours."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 from .rules import NUMBER, Names, flatten
 
@@ -26,7 +27,11 @@ class Family:
         model_classes: diffusers classes of the denoiser.
         shapes: weights that tell published models of this family from others.
         widens: module paths whose input a file may widen (Control files).
-        base_models: what the family's files are usually trained on, for model cards and `modelspec`.
+        encoders: text encoder -> ComfyUI's name of it.
+        encoder_numbers: text encoder -> kohya's number of it, where that is not its number in the pipeline.
+        trainer_names: whose names kohya's trainers flatten for this family.
+        traversal: component -> (class, path) of each Linear inside an attention class, in the order of 2022's models;
+            cloneofsimo's files number their modules so.
     """
 
     name: str
@@ -34,11 +39,44 @@ class Family:
     model_classes: tuple[str, ...]
     shapes: tuple[Shape, ...] = ()
     widens: tuple[str, ...] = ()
+    encoders: Mapping[str, str] = field(default_factory=dict[str, str])
+    encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
+    trainer_names: Literal["original", "diffusers"] = "original"
+    traversal: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict[str, tuple[tuple[str, str], ...]])
 
     @property
     def denoiser(self) -> str:
         """Name of the component that `lora_unet_` and `diffusion_model.` mean."""
         return next(iter(self.components))
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that encode text, in the pipeline's order."""
+        return tuple(component for component in self.components if component.startswith("text_encoder"))
+
+    def encoder_number(self, component: str) -> str:
+        """What kohya puts behind `lora_te` for this encoder: nothing for the only one."""
+        if len(self.text_encoders) == 1:
+            return ""
+        return str(self.encoder_numbers.get(component, self.text_encoders.index(component) + 1))
+
+    def named_component(self, hint: str) -> tuple[str, ...]:
+        """The components that a prefix may mean, likeliest first: `denoiser`, `te2`, `encoder:clip_l`, or a name."""
+        encoders = self.text_encoders
+        if hint in self.components:
+            return (hint,)
+        if hint == "denoiser":
+            return (self.denoiser,)
+        if hint == "":
+            return tuple(self.components)
+        if hint.startswith("encoder:"):
+            likely = [c for c, name in self.encoders.items() if f"encoder:{name}" == hint]
+        else:
+            likely = [c for c in encoders if self.encoder_number(c) == hint[2:] or f"te{encoders.index(c) + 1}" == hint]
+        if not hint.startswith(("te", "encoder:")):
+            return ()
+        # Trainers disagree on the numbers (te2 is CLIP-G or T5), so every other encoder may still fit by its names.
+        return tuple(dict.fromkeys([*likely, *encoders]))
 
     def expected_shape(self, component: str, path: str) -> tuple[int | None, int | None] | None:
         """The published model's `[out, in]` at this path, if it is among the telling ones."""

@@ -59,4 +59,6 @@ FLUX1 = Family(
     ),
     # A Control file brings an x_embedder for the picture's and the control's channels side by side.
     widens=("x_embedder",),
+    encoders={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+    encoder_numbers={"text_encoder_2": 3},
 )

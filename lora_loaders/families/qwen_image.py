@@ -20,6 +20,7 @@ QWEN_IMAGE = Family(
     name="qwen-image",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN2_5_VL},
     model_classes=("QwenImageTransformer2DModel",),
+    encoders={"text_encoder": "qwen25_7b"},
     shapes=(
         Shape("transformer", "img_in", (3072, 64)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),

@@ -6,6 +6,8 @@
     final_layer.adaLN_modulation.1 -> norm_out.linear ~    the two halves of the rows change places
     context.adaLN -> norm1_context.linear ~last            … in the last block only
     modulation -> scale_shift_table (p)                    a raw parameter, not a module
+    img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)  read, never written: another row says what to write
+    qkv_proj -> to_q | to_k | to_v /128                    some files interleave the parts by heads of this width
     adaln_single.** -> time_embed.**                       the rest of the path stays
     llm_adapter.** -> @text_conditioner.**                 another component
     proj_out                                               the same name on both sides
@@ -38,6 +40,7 @@ class Rule:
     component: str | None = None
     dialect: Dialect | None = "original"
     written: bool = True
+    head: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,10 @@ def _prefix(text: str) -> tuple[str, str]:
 
 def _parse_row(row: str, before: str, after: str, dialect: Dialect | None) -> Iterator[Rule]:
     text, parameter = _flag(row, "(p)")
+    text, readonly = _flag(text, "(r)")
     text, last = _flag(text, "~last")
     text, swapped = _flag(text, "~")
+    text, _, head = text.partition(" /")
     left, arrow, right = text.partition("->")
     sources = [source.strip() for source in left.split(",")]
     targets = [target.strip() for target in (right if arrow else sources[0]).split("|")]
@@ -110,7 +115,8 @@ def _parse_row(row: str, before: str, after: str, dialect: Dialect | None) -> It
             parameter=parameter,
             component=component,
             dialect=None if same else dialect,
-            written=index == 0,
+            written=index == 0 and not readonly,
+            head=int(head) if head else None,
         )
 
 
@@ -165,14 +171,16 @@ class Names:
 
     @cached_property
     def _paths(self) -> Mapping[str, list["_Template"]]:
-        plain = [Rule(source=path, targets=(path,), dialect=None) for path in self.modules]
-        without = [
-            _Template(path.removeprefix(prefix), rule)
-            for path, rule in zip(self.modules, plain, strict=True)
-            for prefix in self.optional_prefixes
-            if path.startswith(prefix)
-        ]
-        return _index([*(_Template(rule.source, rule) for rule in plain), *without])
+        raw = {target for rule in self.rules if rule.parameter for target in rule.targets}
+        plain = [Rule(source=path, targets=(path,), dialect=None, parameter=path in raw) for path in self.modules]
+        return _index(_Template(name, rule) for rule in plain for name in self._with_and_without(rule.source))
+
+    def _with_and_without(self, path: str) -> Iterator[str]:
+        names = [path]
+        for prefix in self.optional_prefixes:
+            shorter = (re.sub(rf"(^|\.){re.escape(prefix)}", r"\1", name, count=1) for name in tuple(names))
+            names.extend(name for name in shorter if name not in names)
+        return iter(names)
 
     @cached_property
     def _wildcards(self) -> tuple[Rule, ...]:
@@ -181,27 +189,31 @@ class Names:
         return tuple(sorted(rules, key=lambda rule: -len(rule.source)))
 
     def resolve(self, name: str) -> list[Resolved]:
-        """All readings of a module name in any spelling: none, one, or one original and one diffusers reading.
+        """All readings of a module name in any spelling: none, one, or several, that of diffusers first.
+
+        Several: Wan's `norm3` is another norm in diffusers than in the original, and Mochi's `mod_y` goes to another
+        module in the last block than in the others. The rest of the file, or the model, decides.
 
         Args:
             name: the module's name in the file, prefix and suffix off, dotted or flattened.
         """
         flat = flatten(name)
-        hits = [hit for hit in (self._lookup(self._paths, flat), self._lookup(self._sources, flat)) if hit]
+        found = (*self._lookup(self._paths, flat), *self._lookup(self._sources, flat))
+        hits: list[Resolved] = []
+        for hit in found:
+            if all(hit.paths != other.paths for other in hits):
+                hits.append(hit)
         if not hits and (hit := self._by_wildcard(name, flat)):
             hits.append(hit)
         if not hits and flat.endswith("_lora"):  # 2023's diffusers: …attn1.processor.to_q_lora
             return self.resolve(flat.removesuffix("_lora"))
-        if len(hits) == 2 and hits[0].paths == hits[1].paths:
-            return hits[:1]
         return hits
 
-    def _lookup(self, index: Mapping[str, list["_Template"]], flat: str) -> Resolved | None:
+    def _lookup(self, index: Mapping[str, list["_Template"]], flat: str) -> Iterator[Resolved]:
         for template in index.get(NUMBER.sub("#", flat), ()):
             values = template.match(NUMBER.findall(flat))
             if values is not None:
-                return _resolved(template.rule, values)
-        return None
+                yield _resolved(template.rule, values)
 
     def _by_wildcard(self, name: str, flat: str) -> Resolved | None:
         for rule in self._wildcards:
@@ -212,7 +224,7 @@ class Names:
             values = dict(zip(HOLE.findall(rule.source), found.groups(), strict=True))
             head = _fill(rule.targets[0].removesuffix("**"), values)
             tail = flat[found.end() :]
-            known = self._lookup(self._paths, flatten(head) + "_" + tail)
+            known = next(self._lookup(self._paths, flatten(head) + "_" + tail), None)
             if known is not None:
                 return Resolved(rule, known.paths, known.block)
             if rule.component is not None or "." in name:

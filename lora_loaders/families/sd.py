@@ -73,6 +73,24 @@ def original_rows(down_attention: Sequence[bool], layers: int = 2) -> Iterator[R
 SD_UNET = Names(same=DIFFUSERS, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}",))
 SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows((False, True, True)))
 
+
+def _traversal() -> Iterator[tuple[str, str]]:
+    """Linears of 2022's UNet: its transformer blocks held attn1, ff, attn2, and `mid_block` was registered last."""
+    down = [f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)]
+    up = [f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)]
+    for attention in [*down, *up, "mid_block.attentions.0"]:
+        block = f"{attention}.transformer_blocks.0"
+        yield from (("CrossAttention", f"{block}.attn1.{name}") for name in ("to_q", "to_k", "to_v", "to_out.0"))
+        yield ("GEGLU", f"{block}.ff.net.0.proj")
+        yield from (("CrossAttention", f"{block}.attn2.{name}") for name in ("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def _clip_traversal() -> Iterator[tuple[str, str]]:
+    for i in range(12):
+        layer = f"text_model.encoder.layers.{i}.self_attn"
+        yield from (("CLIPAttention", f"{layer}.{name}") for name in ("k_proj", "v_proj", "q_proj", "out_proj"))
+
+
 CROSS_K = "down_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
 UP_CROSS_K = "up_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
 MID_CROSS_K = "mid_block.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
@@ -88,16 +106,22 @@ SD15 = Family(
     components={"unet": SD_UNET, "text_encoder": CLIP},
     model_classes=("UNet2DConditionModel",),
     shapes=(*_cross_attention(768), Shape("text_encoder", "text_model.encoder.layers.{i}.mlp.fc1", (3072, 768))),
+    encoders={"text_encoder": "clip_l"},
+    trainer_names="diffusers",
+    traversal={"unet": tuple(_traversal()), "text_encoder": tuple(_clip_traversal())},
 )
 SD2 = Family(
     name="sd2",
     components={"unet": SD_UNET, "text_encoder": CLIP},
     model_classes=("UNet2DConditionModel",),
     shapes=(*_cross_attention(1024), Shape("text_encoder", "text_model.encoder.layers.{i}.mlp.fc1", (4096, 1024))),
+    encoders={"text_encoder": "clip_h"},
+    trainer_names="diffusers",
 )
 SDXL = Family(
     name="sdxl",
     components={"unet": SDXL_UNET, "text_encoder": CLIP, "text_encoder_2": CLIP},
     model_classes=("UNet2DConditionModel",),
     shapes=(*_cross_attention(2048), Shape("text_encoder_2", "text_model.encoder.layers.{i}.mlp.fc1", (5120, 1280))),
+    encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 )

@@ -30,16 +30,98 @@ shared ; encoder.embed_tokens ; encoder.final_layer_norm
 """,
 )
 
-# Qwen2.5-VL: `model.language_model.layers…` in transformers 5, `model.layers…` before, `layers…` in trainers.
-QWEN2_5_VL = Names(
-    same="""
+# One table for every decoder-only encoder: Llama, Qwen, Gemma, Mistral, GLM, SmolLM3. The causal model has `model.layers`,
+# the bare one `layers`, one that sees pictures `model.language_model.layers`; the norms are the union of them all.
+DECODER_LAYER = """
+  self_attn.q_proj ; self_attn.k_proj ; self_attn.v_proj ; self_attn.o_proj ; self_attn.q_norm ; self_attn.k_norm
+  mlp.gate_proj ; mlp.up_proj ; mlp.gate_up_proj ; mlp.down_proj ; input_layernorm ; post_attention_layernorm
+  pre_feedforward_layernorm ; post_feedforward_layernorm ; post_self_attn_layernorm ; post_mlp_layernorm
+"""
+LANGUAGE_MODEL = Names(
+    same=f"""
+lm_head ; model.embed_tokens ; model.norm
+[model.layers.{{i}}]
+{DECODER_LAYER}
+""",
+    optional_prefixes=("model.",),
+)
+VISION_LANGUAGE_ROWS = f"""
 lm_head ; model.language_model.embed_tokens ; model.language_model.norm
+[model.language_model.layers.{{i}}]
+{DECODER_LAYER}
+"""
+
+# `model.language_model.layers…` in transformers 5, `model.layers…` before, `layers…` in trainers and in the bare models.
+VISION_LANGUAGE_PREFIXES = ("model.", "language_model.")
+
+QWEN2_5_VL = Names(
+    same=f"""
+{VISION_LANGUAGE_ROWS}
 model.visual.patch_embed.proj ; model.visual.merger.ln_q ; model.visual.merger.mlp.0 ; model.visual.merger.mlp.2
-[model.language_model.layers.{i}]
-  self_attn.q_proj ; self_attn.k_proj ; self_attn.v_proj ; self_attn.o_proj
-  mlp.gate_proj ; mlp.up_proj ; mlp.down_proj ; input_layernorm ; post_attention_layernorm
-[model.visual.blocks.{i}]
+[model.visual.blocks.{{i}}]
   attn.qkv ; attn.proj ; mlp.gate_proj ; mlp.up_proj ; mlp.down_proj ; norm1 ; norm2
 """,
-    optional_prefixes=("model.language_model.", "model."),
+    optional_prefixes=VISION_LANGUAGE_PREFIXES,
+)
+
+QWEN3_VL = Names(
+    same=f"""
+{VISION_LANGUAGE_ROWS}
+model.visual.patch_embed.proj ; model.visual.pos_embed
+[model.visual.blocks.{{i}}]
+  attn.qkv ; attn.proj ; mlp.linear_fc1 ; mlp.linear_fc2 ; norm1 ; norm2
+[model.visual.merger ; model.visual.deepstack_merger_list.{{i}}]
+  norm ; linear_fc1 ; linear_fc2
+""",
+    optional_prefixes=VISION_LANGUAGE_PREFIXES,
+)
+
+# Mistral 3 (Pixtral's vision tower), Gemma 3 (SigLIP's) and LLaVA (CLIP's); only the language half is ever trained for
+# pictures, the vision halves are named for completeness.
+MISTRAL3 = Names(
+    same=f"""
+{VISION_LANGUAGE_ROWS}
+model.vision_tower.patch_conv ; model.vision_tower.ln_pre
+model.multi_modal_projector.norm ; model.multi_modal_projector.patch_merger.merging_layer
+model.multi_modal_projector.linear_1 ; model.multi_modal_projector.linear_2
+[model.vision_tower.transformer.layers.{{i}}]
+  attention.q_proj ; attention.k_proj ; attention.v_proj ; attention.o_proj ; attention_norm ; ffn_norm
+  feed_forward.gate_proj ; feed_forward.up_proj ; feed_forward.down_proj
+""",
+    optional_prefixes=VISION_LANGUAGE_PREFIXES,
+)
+_CLIP_TOWER = """
+model.vision_tower.embeddings.patch_embedding ; model.vision_tower.embeddings.position_embedding
+model.vision_tower.post_layernorm
+[model.vision_tower.encoder.layers.{i}]
+  self_attn.q_proj ; self_attn.k_proj ; self_attn.v_proj ; self_attn.out_proj
+  mlp.fc1 ; mlp.fc2 ; layer_norm1 ; layer_norm2
+"""
+GEMMA3 = Names(
+    same=f"""
+{VISION_LANGUAGE_ROWS}{_CLIP_TOWER}
+model.vision_tower.head.probe (p) ; model.vision_tower.head.attention.in_proj_weight (p)
+model.vision_tower.head.attention.in_proj_bias (p) ; model.vision_tower.head.attention.out_proj
+model.vision_tower.head.layernorm ; model.vision_tower.head.mlp.fc1 ; model.vision_tower.head.mlp.fc2
+model.multi_modal_projector.mm_input_projection_weight (p) ; model.multi_modal_projector.mm_soft_emb_norm
+""",
+    optional_prefixes=VISION_LANGUAGE_PREFIXES,
+)
+LLAVA = Names(
+    same=f"""
+{VISION_LANGUAGE_ROWS}{_CLIP_TOWER}
+model.vision_tower.embeddings.class_embedding (p) ; model.vision_tower.pre_layrnorm
+model.multi_modal_projector.linear_1 ; model.multi_modal_projector.linear_2
+""",
+    optional_prefixes=VISION_LANGUAGE_PREFIXES,
+)
+
+BERT = Names(
+    same="""
+embeddings.word_embeddings ; embeddings.position_embeddings ; embeddings.token_type_embeddings ; embeddings.LayerNorm
+pooler.dense
+[encoder.layer.{i}]
+  attention.self.query ; attention.self.key ; attention.self.value
+  attention.output.dense ; attention.output.LayerNorm ; intermediate.dense ; output.dense ; output.LayerNorm
+""",
 )

@@ -1,0 +1,114 @@
+"""The one form that everything passes through: component -> module path (diffusers names) -> delta, and metadata."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .deltas import Delta
+
+
+class Modules(NamedTuple):
+    """One changed module, as `Adapter.modules()` yields it."""
+
+    component: str
+    path: str
+    delta: Delta
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A module whose name the family's tables do not hold; a live model may still know it."""
+
+    component: str
+    name: str
+    delta: Delta | None
+    keys: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One named set of changes to a model, immutable.
+
+    Attributes:
+        deltas: component (`transformer`, `unet`, `text_encoder`, …) -> module path in diffusers' names -> `Delta`.
+        family: identifier of the model family, None if it is not known.
+        format: name of the spelling it was read from.
+        metadata: the file's own metadata.
+        embeddings: learned token embeddings by token; loadable as textual inversion.
+        bound: key in the file -> the module paths it went to, as `component.path`.
+        ignored: key in the file -> why it was left out.
+        unresolved: modules that found no place by name.
+        source: what it was read from, for messages.
+    """
+
+    deltas: Mapping[str, Mapping[str, Delta]]
+    family: str | None = None
+    format: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    bound: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    ignored: Mapping[str, str] = field(default_factory=dict[str, str])
+    unresolved: tuple[Unresolved, ...] = ()
+    source: str = "a dictionary"
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Component -> number of changed modules."""
+        return {component: len(deltas) for component, deltas in self.deltas.items() if deltas}
+
+    def modules(self) -> Iterator[Modules]:
+        """Every changed module of every component."""
+        for component, deltas in self.deltas.items():
+            for path, delta in deltas.items():
+                yield Modules(component, path, delta)
+
+    def map(self, change: Callable[[Delta], Delta]) -> "Adapter":
+        """The same adapter with each delta changed."""
+        deltas = {c: {path: change(delta) for path, delta in deltas.items()} for c, deltas in self.deltas.items()}
+        return replace(self, deltas=deltas)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Adapter":
+        """The same adapter on another device, in another floating dtype.
+
+        Tensors that are views of one buffer (a file read whole) move with one copy of that buffer.
+        """
+        move = _Mover(device)
+
+        def change(tensor: Tensor) -> Tensor:
+            moved = move(tensor)
+            return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
+
+        return self.map(lambda delta: delta.map_tensors(change))
+
+    def describe(self) -> str:
+        """Format and family in words, for messages."""
+        return ", ".join(filter(None, (self.format, self.family)))
+
+
+class _Mover:
+    """Moves tensors to a device, each underlying buffer once."""
+
+    def __init__(self, device: torch.device | str | None) -> None:
+        self._device = None if device is None else torch.device(device)
+        self._buffers: dict[int, torch.UntypedStorage] = {}
+        self._kept: list[torch.UntypedStorage] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self._device is None or tensor.device == self._device or tensor.is_meta:
+            return tensor
+        if self._device.type == "meta":
+            return tensor.to("meta")
+        storage = tensor.untyped_storage()
+        # A small view of a large buffer (one module taken out of a file) is cheaper to move alone.
+        moved = self._buffers.get(storage.data_ptr())
+        if moved is None:
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
+            moved = source.to(self._device, non_blocking=source.is_pinned()).untyped_storage()
+            self._buffers[storage.data_ptr()] = moved
+            self._kept.append(storage)
+        view = torch.empty(0, dtype=tensor.dtype, device=self._device)
+        return view.set_(moved, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,0 +1,374 @@
+"""Files and the Hub against tensors and a header: one-blob reads, checked headers, writes that are whole or not at all."""
+
+import contextlib
+import ctypes
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterFileError, MalformedAdapterError, UnsafeFileError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+DEFAULT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+NOT_ADAPTERS = ("scheduler", "optimizer", "checkpoint")
+CHUNK = 8 << 20
+MAX_HEADER = 100 << 20
+UNTOUCHED = "Nothing was loaded or changed."
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a source holds: tensors, metadata of the header, PEFT's `adapter_config.json`, and a label for messages."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    config: Mapping[str, Any] | None = None
+    label: str = "a dictionary"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a safetensors header states it; `start` and `stop` count from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where on the Hub a file lies and how to reach it, with diffusers' names."""
+
+    weight_name: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool | None = None
+    force_download: bool = False
+    proxies: Mapping[str, str] | None = None
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    hub: HubOptions | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> Contents:
+    """Read tensors and metadata from a path, a folder, a Hub id or a dictionary.
+
+    Raises:
+        AdapterFileError: nothing there, or several files and no `weight_name`.
+        MalformedAdapterError: truncated, or a header that contradicts itself or the file.
+        UnsafeFileError: a pickle, and `allow_pickle` is not set.
+    """
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    path = locate(source, hub or HubOptions(), allow_pickle=allow_pickle)
+    if path.suffix in PICKLES:
+        if not allow_pickle:
+            raise UnsafeFileError(
+                f"{path} is a pickle, which can run code when it is read",
+                mend="If you trust it, pass use_safetensors=False: it is then read with torch's weights-only reader.",
+                state=UNTOUCHED,
+            )
+        return _read_pickle(path)
+    tensors, metadata = read_safetensors(path)
+    return Contents(tensors, metadata, _adapter_config(path), str(path))
+
+
+def _from_mapping(source: Mapping[str, Tensor]) -> Contents:
+    wrong = [f"{key}: {type(value).__name__}" for key, value in source.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise MalformedAdapterError("a state dictionary holds tensors only", problems=wrong, state=UNTOUCHED)
+    return Contents(dict(source))
+
+
+def locate(source: str | os.PathLike[str], hub: HubOptions, *, allow_pickle: bool = False) -> Path:
+    """Path of the one file that `source` means, downloaded if it is a Hub id."""
+    path = Path(source)
+    folder = path / (hub.subfolder or "")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if hub.weight_name is not None:
+            return _existing(folder / hub.weight_name)
+        names = [file.name for file in sorted(folder.glob("*")) if file.is_file()]
+        return folder / choose(names, str(folder), allow_pickle=allow_pickle)
+    if _is_hub_id(str(source)):
+        return _download(str(source), hub, allow_pickle=allow_pickle)
+    return _existing(path)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        near = sorted(file.name for file in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
+        raise AdapterFileError(
+            f"no file {path}",
+            problems=[f"in that folder: {name}" for name in near],
+            mend="Give the path of a file or folder, or a Hub id of the form owner/name.",
+            state=UNTOUCHED,
+        )
+    return path
+
+
+def _is_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not source.startswith((".", "~")) and Path(source).suffix != ".safetensors"
+
+
+def choose(names: list[str], where: str, *, allow_pickle: bool = False) -> str:
+    """The one adapter file among a folder's names.
+
+    Raises:
+        AdapterFileError: none, or several without one of the usual names.
+    """
+    endings = (".safetensors", *PICKLES) if allow_pickle else (".safetensors",)
+    found = [n for n in names if n.endswith(endings) and not any(word in n for word in NOT_ADAPTERS)]
+    for name in DEFAULT_NAMES:
+        if name in found:
+            return name
+    if len(found) == 1:
+        return found[0]
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if not found and pickles and not allow_pickle:
+        raise UnsafeFileError(
+            f"{where} holds only pickles, which can run code when they are read",
+            problems=pickles,
+            mend="If you trust them, pass use_safetensors=False (and weight_name=… to choose one).",
+            state=UNTOUCHED,
+        )
+    raise AdapterFileError(
+        f"{where} holds {len(found) or 'no'} adapter file{'' if len(found) == 1 else 's'}",
+        problems=found,
+        mend="Choose one with weight_name=….",
+        state=UNTOUCHED,
+    )
+
+
+def _download(repo: str, hub: HubOptions, *, allow_pickle: bool) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    offline = bool(hub.local_files_only) or is_offline_mode()
+    try:
+        name = hub.weight_name
+        if name is None and offline:
+            in_folder = [f"{hub.subfolder}/{name}" if hub.subfolder else name for name in DEFAULT_NAMES]
+            cached = [try_to_load_from_cache(repo, file, hub.cache_dir, hub.revision) for file in in_folder]
+            name = next((n for n, hit in zip(DEFAULT_NAMES, cached, strict=True) if isinstance(hit, str)), None)
+            if name is None:
+                # The first sentence is diffusers' own, which people search for.
+                raise AdapterFileError(
+                    "When using the offline mode, you must specify a `weight_name`.",
+                    problems=[f"{repo}: neither of {', '.join(DEFAULT_NAMES)} is in the local cache"],
+                    mend="Pass weight_name=…, or go online once to fill the cache.",
+                    state=UNTOUCHED,
+                )
+        if name is None:
+            files = HfApi(token=hub.token).list_repo_files(repo, revision=hub.revision)
+            start = f"{hub.subfolder}/" if hub.subfolder else ""
+            here = [file.removeprefix(start) for file in files if file.startswith(start)]
+            name = choose([file for file in here if "/" not in file], repo, allow_pickle=allow_pickle)
+        options = {"subfolder": hub.subfolder, "revision": hub.revision, "token": hub.token, "cache_dir": hub.cache_dir}
+        common = {**options, "local_files_only": offline, "force_download": hub.force_download}
+        path = Path(hf_hub_download(repo, name, **common))
+        with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # most repositories have none
+            if name == DEFAULT_NAMES[1]:
+                hf_hub_download(repo, "adapter_config.json", **common)
+        return path
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFileError(
+            f"cannot get {hub.weight_name or 'an adapter'} from the Hub repository {repo}",
+            problems=[f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"],
+            mend="Check the name, the network and the token, or give a local path.",
+            state=UNTOUCHED,
+        ) from error
+
+
+def _adapter_config(path: Path) -> Mapping[str, Any] | None:
+    file = path.parent / "adapter_config.json"
+    if path.name != DEFAULT_NAMES[1] or not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise MalformedAdapterError(f"{file} is no JSON: {error}", state=UNTOUCHED) from error
+
+
+def _read_pickle(path: Path) -> Contents:
+    from pickle import UnpicklingError
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise MalformedAdapterError(f"{path} cannot be read as a pickle of tensors: {error}", state=UNTOUCHED) from error
+    tensors = tensors.get("state_dict", tensors)
+    contents = _from_mapping({key: value for key, value in tensors.items() if isinstance(value, Tensor)})
+    return Contents(contents.tensors, label=str(path))
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """Entries and metadata of a safetensors header, every claim checked against the file, and the header's end.
+
+    Raises:
+        MalformedAdapterError: the file is truncated or its header is not to be believed.
+    """
+
+    def refuse(what: str) -> MalformedAdapterError:
+        mend = "The download or the copy is incomplete or damaged: fetch the file again."
+        return MalformedAdapterError(f"{path}: {what}", mend=mend, state=UNTOUCHED)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise refuse(f"the header names {', '.join(twice[:3])} twice")
+        return result
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise refuse(f"{size} bytes, too short for its header of {length} bytes" if size else "an empty file")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+            metadata = header.pop("__metadata__", {})
+            entries = {name: _entry(name, claim) for name, claim in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, MalformedAdapterError):
+                raise
+            raise refuse(f"the header is no safetensors header ({error})") from error
+    end = 8 + length
+    spans = sorted((entry.start, entry.stop, name) for name, entry in entries.items())
+    for (_, stop, name), (start, _, after) in zip(spans, spans[1:], strict=False):
+        if start < stop:
+            raise refuse(f"{name} and {after} overlap")
+    if spans and end + max(stop for _, stop, _ in spans) != size:
+        promised = end + max(stop for _, stop, _ in spans)
+        raise refuse(f"the header promises {promised} bytes, the file has {size}")
+    return entries, {str(key): str(value) for key, value in metadata.items()}, end
+
+
+def _entry(name: str, claim: Mapping[str, Any]) -> Entry:
+    if claim["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {claim['dtype']!r}")
+    dtype, shape = DTYPES[claim["dtype"]], tuple(int(size) for size in claim["shape"])
+    start, stop = (int(offset) for offset in claim["data_offsets"])
+    count = 1
+    for length in shape:
+        count *= length
+    if start < 0 or min(shape, default=0) < 0 or stop - start != count * dtype.itemsize:
+        raise ValueError(f"{name} of shape {list(shape)} and dtype {claim['dtype']} cannot take {stop - start} bytes")
+    return Entry(dtype, shape, start, stop)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, as views of one buffer that was read in parallel, and the header's metadata.
+
+    The buffer is page-locked where a GPU is present, so that one fast copy takes it there.
+
+    Raises:
+        MalformedAdapterError: see `read_header`.
+    """
+    path = Path(path)
+    entries, metadata, end = read_header(path)
+    size = max((entry.stop for entry in entries.values()), default=0)
+    blob = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available() and size >= CHUNK)
+    _read_into(path, blob, end)
+    return {name: _view(blob, entry) for name, entry in entries.items()}, metadata
+
+
+def _read_into(path: Path, blob: Tensor, offset: int) -> None:
+    """Fill the buffer from the file, in as many parallel reads as it has chunks."""
+    size = blob.numel()
+    if size == 0:
+        return
+    target = memoryview((ctypes.c_char * size).from_address(blob.data_ptr())).cast("B")
+
+    def read_chunk(start: int) -> None:
+        stop = min(start + CHUNK, size)
+        while start < stop:
+            count = os.preadv(descriptor, [target[start:stop]], offset + start)
+            if count == 0:
+                raise MalformedAdapterError(f"{path} became shorter while it was read", state=UNTOUCHED)
+            start += count
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if size <= CHUNK:
+            read_chunk(0)
+        else:
+            with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+                list(pool.map(read_chunk, range(0, size, CHUNK)))
+    finally:
+        os.close(descriptor)
+
+
+def _view(blob: Tensor, entry: Entry) -> Tensor:
+    data = blob[entry.start : entry.stop]
+    if entry.start % entry.dtype.itemsize:
+        data = data.clone()  # some writers do not align; a view would be refused
+    return data.view(entry.dtype).view(entry.shape)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a file whole or not at all; tensors may be views, shared or on any device."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(plain, metadata=dict(metadata) or None))
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

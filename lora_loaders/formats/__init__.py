@@ -1,0 +1,69 @@
+"""Formats: how does a trainer write an adapter into keys? One instance of `Format` each."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from .diffusers import DIFFUSERS, DIFFUSERS_OLD, PEFT
+from .format import Format as Format
+from .grammar import Key
+from .grammar import RawModule as RawModule
+from .grammar import is_embedding as is_embedding
+from .grammar import read_keys
+from .indexed import INDEXED, is_indexed, read_indexed
+from .indexed import adapted_classes as adapted_classes
+from .kohya import KOHYA, LYCORIS, ONETRAINER
+from .original import BFL, OMI, ORIGINAL, XLABS
+
+FORMATS: tuple[Format, ...] = (
+    *(PEFT, DIFFUSERS, DIFFUSERS_OLD, KOHYA, ORIGINAL, BFL, XLABS, ONETRAINER, LYCORIS, OMI, INDEXED),
+)
+
+
+def format_named(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        ValueError: no such format.
+    """
+    for form in FORMATS:
+        if form.name == name:
+            return form
+    raise ValueError(f"no format {name!r}; there are {', '.join(form.name for form in FORMATS)}")
+
+
+def read(keys: Sequence[str]) -> tuple[list[RawModule], dict[str, str], str]:
+    """Group a file's keys by module.
+
+    Returns:
+        The modules; the keys that belong to none, with the reason; and the name of the format.
+    """
+    if keys and is_indexed(keys):
+        modules, left, _ = read_indexed(keys)
+        return modules, left, INDEXED.name
+    modules, left, parsed = read_keys(keys)
+    return modules, left, detect(parsed)
+
+
+def detect(keys: Iterable[Key]) -> str:
+    """Name of the format that most keys speak for; two that both write factors are named together, as `kohya+peft`."""
+    votes: Counter[str] = Counter()
+    styles: Counter[str] = Counter()
+    for key in keys:
+        styles[key.style or ""] += 1
+        votes[_format_of(key)] += 1
+    if not votes:
+        return "unknown"
+    specific = [name for name in votes if name in (ONETRAINER.name, LYCORIS.name)]
+    return specific[0] if specific else max(votes, key=lambda name: votes[name])
+
+
+def _format_of(key: Key) -> str:
+    if key.prefix == "":
+        if key.name.rstrip("12").endswith("_lora"):
+            return XLABS.name
+        if key.name.startswith(("double_blocks.", "single_blocks.")):
+            return BFL.name
+        return PEFT.name if key.style == "peft" else ORIGINAL.name
+    if key.prefix in DIFFUSERS.prefixes:
+        return DIFFUSERS.name if key.style in ("peft", None) else DIFFUSERS_OLD.name
+    return next((form.name for form in FORMATS if key.prefix in form.prefixes), ORIGINAL.name)

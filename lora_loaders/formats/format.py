@@ -1,0 +1,42 @@
+"""One spelling on disk, as data: how a module's tensors are named when written, and by what it is known when read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .grammar import Style
+
+ALL_ALGEBRAS = frozenset(
+    {"lora", "full", "set", "dora", "loha", "lokr", "oft", "boft", "glora", "ia3", "sparse-bias", "rows"}
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A spelling.
+
+    Attributes:
+        name: identifier, as `write_adapter(format=…)` takes it.
+        style: suffixes of the factors.
+        names: whose module names it writes; "trainer" leaves that to the family, as kohya's trainers do.
+        denoiser: prefix of the denoiser's modules.
+        text_encoder: template of a text encoder's prefix; `{component}` is diffusers' name of it, `{number}` its
+            number in the pipeline ("" for the only one), `{encoder}` ComfyUI's name. None: cannot say text encoders.
+        flat: dots of module names become underscores.
+        alpha: where alpha lives: a tensor a module, the header's metadata, or multiplied into the up factor.
+        algebras: kinds of delta that it has words for.
+        slots: suffixes that differ from the style's.
+        prefixes: prefixes by which it is known when read, "" for none at all.
+    """
+
+    name: str
+    style: Style
+    names: Literal["original", "diffusers", "xlabs", "omi", "trainer"]
+    denoiser: str
+    text_encoder: str | None
+    prefixes: tuple[str, ...]
+    flat: bool = False
+    alpha: Literal["tensor", "metadata", "folded"] = "tensor"
+    algebras: frozenset[str] = ALL_ALGEBRAS
+    slots: Mapping[str, str] = field(default_factory=dict[str, str])
+    magnitude: Literal["any", "out"] = "any"

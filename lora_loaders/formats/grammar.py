@@ -1,0 +1,208 @@
+"""The one grammar that reads every spelling: a key is a prefix, a module's name and a suffix.
+
+Only strings are looked at here. What a name means is the families' business, what tensors mean the deltas'.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+Style = Literal["kohya", "peft", "diffusers-old"]
+
+# Suffixes that only one style writes, by canonical slot. Styles differ in the two factors and little else.
+STYLES: Mapping[Style, Mapping[str, str]] = {
+    "kohya": {
+        "down": ".lora_down.weight",
+        "up": ".lora_up.weight",
+        "mid": ".lora_mid.weight",
+        "up_bias": ".lora_up.bias",
+        "magnitude": ".dora_scale",
+    },
+    "peft": {
+        "down": ".lora_A.weight",
+        "up": ".lora_B.weight",
+        "mid": ".lora_mid.weight",
+        "up_bias": ".lora_B.bias",
+        "magnitude_out": ".lora_magnitude_vector",
+        "embedding_down": ".lora_embedding_A",
+        "embedding_up": ".lora_embedding_B",
+    },
+    "diffusers-old": {
+        "down": ".lora.down.weight",
+        "up": ".lora.up.weight",
+        "mid": ".lora.mid.weight",
+        "up_bias": ".lora.up.bias",
+        "magnitude": ".dora_scale",
+    },
+}
+# Suffixes that all styles share: the slot's own name, or the field's usual word for it.
+COMMON: Mapping[str, str] = {
+    "alpha": ".alpha",
+    "bias": ".diff_b",
+    **{slot: f".{slot}" for slot in ("diff", "diff_m", "set_weight", "w_norm", "b_norm", "on_input", "reshape_weight")},
+    **{
+        slot: f".{slot}"
+        for slot in (
+            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+            *("oft_blocks", "oft_diag", "oft_R", "rescale", "boft_R", "boft_s"),
+            *("bias_indices", "bias_values", "bias_size"),
+        )
+    },
+    **{slot: f".{slot}.weight" for slot in ("a1", "a2", "b1", "b2", "bm")},
+    "weight": ".weight",
+}
+# Further spellings that are read and never written.
+READ_ONLY: Mapping[str, str] = {
+    ".lora_A": "down",
+    ".lora_B": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".down.weight": "down",
+    ".up.weight": "up",
+    ".lora_magnitude_vector.weight": "magnitude_out",
+    ".magnitude": "magnitude_out",
+    ".scale": "set_weight",
+    ".oft_R.weight": "oft_R",
+}
+SUFFIXES: Mapping[str, str] = {
+    **READ_ONLY,
+    **{suffix: slot for slot, suffix in COMMON.items()},
+    **{suffix: slot for style in STYLES.values() for slot, suffix in style.items()},
+}
+STYLE_OF: Mapping[str, Style] = {suffix: style for style, table in STYLES.items() for suffix in table.values()}
+
+# PEFT's names with the adapter's own name inside: `.lora_A.default.weight`.
+SLOTTED = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(\.weight|\.bias|)$")
+
+# Prefix -> the component that it names; "" names none, and "denoiser" and "te1" wait for the family.
+PREFIXES: Mapping[str, str] = {
+    "base_model.model.": "",
+    "lora_unet_": "denoiser",
+    "lora_transformer_": "denoiser",
+    "lora_prior_unet_": "denoiser",
+    "lora_prior_": "denoiser",
+    "oft_unet_": "denoiser",
+    "lycoris_": "denoiser",
+    "model.diffusion_model.": "denoiser",
+    "diffusion_model.": "denoiser",
+    "conditional_transformer.": "denoiser",
+    "net.": "denoiser",
+    "transformer_2.": "transformer_2",
+    "transformer_ref.": "transformer_ref",
+    "transformer.": "denoiser",
+    "unet.": "denoiser",
+    "prior.": "denoiser",
+    "connectors.": "connectors",
+    "text_conditioner.": "text_conditioner",
+    "lora_te_": "te1",
+    **{f"lora_te{n}_": f"te{n}" for n in (1, 2, 3, 4)},
+    "text_encoder.": "text_encoder",
+    **{f"text_encoder_{n}.": f"text_encoder_{n}" for n in (2, 3, 4)},
+    "lora_text_encoder_": "te1",
+    **{f"lora_text_encoder_{n}_": f"te{n}" for n in (2, 3, 4)},
+    **{f"text_encoders.{name}.transformer.": f"encoder:{name}" for name in (
+        *("clip_l", "clip_g", "clip_h", "t5xxl", "umt5xxl", "llama", "gemma2_2b", "gemma", "qwen25_7b", "qwen3_4b", "qwen3_06b"),
+    )},
+    "clip_l.": "encoder:clip_l",
+    "clip_g.": "encoder:clip_g",
+    "t5.": "encoder:t5xxl",
+}
+_BY_LENGTH = sorted(PREFIXES, key=len, reverse=True)
+_FIRST = frozenset(prefix[0] for prefix in PREFIXES)
+
+DROPPED: tuple[tuple[str, str], ...] = (
+    ("_aux.", "helper data of a slider tool, no weight"),
+    ("lora_controlnet", "adapter of a ControlNet, which is another model"),
+)
+EMBEDDING = re.compile(r"^(?:<[^>]+>|bundle_emb\..+|emb_params)$")
+
+
+class Key(NamedTuple):
+    """A key taken apart."""
+
+    prefix: str
+    component: str
+    name: str
+    slot: str
+    style: Style | None
+    adapter: str
+
+
+@dataclass
+class RawModule:
+    """All keys of one module, under its name in the file."""
+
+    prefix: str
+    component: str
+    name: str
+    keys: dict[str, str]
+    """Slot -> key in the file."""
+
+
+@lru_cache(maxsize=1 << 16)
+def split_prefix(name: str) -> tuple[str, str, str]:
+    """Strip known prefixes again and again; the first that names a component decides.
+
+    Returns:
+        The first prefix, the component it names ("" if none does), and the rest of the name.
+    """
+    first = component = ""
+    while name and name[0] in _FIRST:
+        prefix = next((prefix for prefix in _BY_LENGTH if name.startswith(prefix)), None)
+        if prefix is None:
+            break
+        first, component = first or prefix, component or PREFIXES[prefix]
+        name = name[len(prefix) :]
+    return first, component, name
+
+
+def split_key(key: str) -> Key | None:
+    """Take a key apart, or None where no known suffix ends it."""
+    dot = key.find(".")
+    while dot >= 0:
+        slot = SUFFIXES.get(key[dot:])
+        if slot is not None:
+            return Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
+        dot = key.find(".", dot + 1)
+    match = SLOTTED.search(key)
+    if match is None:
+        return None
+    slot = SUFFIXES.get(f".{match[1]}{match[3]}", SUFFIXES.get(f".{match[1]}", ""))
+    return Key(*split_prefix(key[: match.start()]), slot, "peft", match[2])
+
+
+def drop_reason(key: str) -> str | None:
+    """Why a key is left out on purpose, or None."""
+    return next((reason for start, reason in DROPPED if key.startswith(start)), None)
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a key holds a learned token embedding."""
+    return EMBEDDING.match(key) is not None
+
+
+def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], list[Key]]:
+    """Group keys by module.
+
+    Returns:
+        The modules; the keys that belong to none, with the reason; and every key taken apart, for telling the format.
+    """
+    modules: dict[tuple[str, str], RawModule] = {}
+    left: dict[str, str] = {}
+    parsed: list[Key] = []
+    for key in keys:
+        reason = drop_reason(key)
+        split = None if reason else split_key(key)
+        if split is None:
+            left[key] = reason or "no known suffix"
+            continue
+        parsed.append(split)
+        module = modules.setdefault((split.component, split.name), RawModule(split.prefix, split.component, split.name, {}))
+        if split.slot in module.keys:
+            left[key] = f"the same slot as {module.keys[split.slot]}"
+        else:
+            module.keys[split.slot] = key
+    return list(modules.values()), left, parsed

@@ -1,0 +1,31 @@
+"""kohya sd-scripts, musubi-tuner and LyCORIS: flattened names with `lora_unet_` and `lora_te_` before them."""
+
+from .format import Format
+
+KOHYA = Format(
+    name="kohya",
+    style="kohya",
+    names="trainer",
+    denoiser="lora_unet_",
+    text_encoder="lora_te{number}_",
+    prefixes=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_unet_"),
+    flat=True,
+)
+ONETRAINER = Format(
+    name="onetrainer",
+    style="kohya",
+    names="diffusers",
+    denoiser="lora_transformer_",
+    text_encoder="lora_te{number}_",
+    prefixes=("lora_transformer_", "lora_prior_unet_", "lora_prior_"),
+    flat=True,
+)
+LYCORIS = Format(
+    name="lycoris",
+    style="kohya",
+    names="diffusers",
+    denoiser="lycoris_",
+    text_encoder=None,
+    prefixes=("lycoris_",),
+    flat=True,
+)

@@ -1,0 +1,42 @@
+"""Names of the checkpoint that a model was published with, as ComfyUI, BFL and ai-toolkit write them; and XLabs'."""
+
+from .format import Format
+
+ORIGINAL = Format(
+    name="original",
+    style="peft",
+    names="original",
+    denoiser="diffusion_model.",
+    text_encoder="text_encoders.{encoder}.transformer.",
+    prefixes=("diffusion_model.", "model.diffusion_model.", "net.", "conditional_transformer."),
+    slots={"magnitude": ".dora_scale"},
+)
+# BFL's own Control files: no prefix, bias on the up factor, replaced norm scales.
+BFL = Format(
+    name="bfl",
+    style="peft",
+    names="original",
+    denoiser="",
+    text_encoder=None,
+    prefixes=("",),
+    slots={"magnitude": ".dora_scale", "set_weight": ".scale"},
+)
+OMI = Format(
+    name="omi",
+    style="kohya",
+    names="omi",
+    denoiser="diffusion_model.",
+    text_encoder="{encoder}.",
+    prefixes=(),
+)
+XLABS = Format(
+    name="xlabs",
+    style="kohya",
+    names="xlabs",
+    denoiser="",
+    text_encoder=None,
+    prefixes=("",),
+    alpha="folded",
+    algebras=frozenset({"lora"}),
+    slots={"down": ".down.weight", "up": ".up.weight"},
+)

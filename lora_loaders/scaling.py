@@ -1,0 +1,71 @@
+"""Where alpha stands when no tensor holds it: the header's metadata, or PEFT's `adapter_config.json`."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .deltas import Delta, DoraDelta, LoraDelta
+from .errors import MalformedAdapterError
+
+METADATA_KEY = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """Configurations by component ("" for a file of one model), as PEFT and diffusers write them."""
+
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    kohya: tuple[float, float] | None = None
+    """Rank and alpha of the header's `ss_network_dim` and `ss_network_alpha`."""
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> "Scalings":
+        """Gather what the header's metadata and the configuration file say."""
+        configs: dict[str, Mapping[str, Any]] = {}
+        if config is not None:
+            configs[""] = config
+        if METADATA_KEY in metadata:
+            configs |= _by_component(json.loads(metadata[METADATA_KEY]))
+        return cls(configs, _kohya(metadata))
+
+    def apply(self, delta: Delta, component: str, path: str | None, *, given: bool) -> Delta:
+        """The delta with the alpha of its configuration, unless the file gave one (`given`)."""
+        if given or path is None:
+            return delta
+        if isinstance(delta, DoraDelta):
+            return replace(delta, inner=self.apply(delta.inner, component, path, given=given))
+        if not isinstance(delta, LoraDelta):
+            return delta
+        config = self.configs.get(component, self.configs.get(""))
+        if config is not None and config.get("lora_alpha") is not None:
+            pattern: Mapping[str, Any] = config.get("alpha_pattern") or {}
+            alpha = next((float(a) for key, a in pattern.items() if _matches(key, path)), float(config["lora_alpha"]))
+            return replace(delta, alpha=alpha, rslora=bool(config.get("use_rslora")))
+        if self.kohya is not None and self.kohya[0] == delta.rank:
+            return replace(delta, alpha=self.kohya[1])
+        return delta
+
+
+def _by_component(flat: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """`{"transformer.r": 4}` to `{"transformer": {"r": 4}}`."""
+    if not isinstance(flat, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MalformedAdapterError(f"the metadata's {METADATA_KEY} is no dictionary")
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        component, _, name = key.rpartition(".")
+        configs.setdefault(component, {})[name] = value
+    return dict(configs)
+
+
+def _kohya(metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    try:
+        return float(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"])
+    except (KeyError, ValueError):
+        return None  # "Dynamic" and "None" are written by resizing tools
+
+
+def _matches(key: str, path: str) -> bool:
+    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
