@@ -1,0 +1,111 @@
+"""What each kind of base layer can do with another weight: the seam between algebras and modules.
+
+An algebra gives a weight, or two factors; a kind knows how the layer would apply them. So algebras times kinds costs
+their sum, and nothing here knows an algebra.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Op(Protocol):
+    """The layer's map, linear in `weight`, without bias."""
+
+    def __call__(self, base: Any, x: Tensor, weight: Tensor) -> Tensor: ...
+
+
+class LowRank(Protocol):
+    """The layer's map for the weight `up @ down`, which is never built."""
+
+    def __call__(self, base: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of base layer.
+
+    Attributes:
+        op: see `Op`.
+        low_rank: see `LowRank`; None where a product of factors brings nothing.
+        channel: dimension of inputs and outputs that runs over the weight's columns and rows; None where there is none,
+            so that gains cannot be applied to activations.
+    """
+
+    name: str
+    op: Op
+    low_rank: LowRank | None = None
+    channel: int | None = None
+
+
+def _linear(base: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _linear_low_rank(base: nn.Linear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return F.linear(F.linear(x, down), up)
+
+
+def _conv(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    # The module's own method knows its padding modes, circular and reflect included.
+    return base._conv_forward(x, weight, None)
+
+
+def _conv_low_rank(base: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    # With groups every group of inputs meets the same `down`: rank channels a group, then `up` group by group.
+    groups = base.groups
+    narrow = base._conv_forward(x, down if groups == 1 else down.repeat(groups, *[1] * (down.ndim - 1)), None)
+    pointwise = (F.conv1d, F.conv2d, F.conv3d)[down.ndim - 3]
+    return pointwise(narrow, up.reshape(*up.shape[:2], *[1] * (down.ndim - 2)), groups=groups)
+
+
+def _embedding(base: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding(x, weight)
+
+
+def _embedding_low_rank(base: nn.Embedding, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return F.embedding(x, up) @ down
+
+
+def _layer_norm(base: nn.LayerNorm, x: Tensor, weight: Tensor) -> Tensor:
+    return F.layer_norm(x, base.normalized_shape, weight.to(x.dtype), None, base.eps)
+
+
+def _group_norm(base: nn.GroupNorm, x: Tensor, weight: Tensor) -> Tensor:
+    return F.group_norm(x, base.num_groups, weight.to(x.dtype), None, base.eps)
+
+
+def _rms_norm(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    # torch, diffusers and transformers each have a class; all divide by the root of the mean square in float32.
+    epsilon = next(e for e in (getattr(base, n, None) for n in ("eps", "variance_epsilon")) if e is not None)
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight.to(x.dtype)
+
+
+LINEAR = Kind("linear", _linear, _linear_low_rank, channel=-1)
+CONV = Kind("convolution", _conv, _conv_low_rank, channel=1)
+EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank)
+LAYER_NORM = Kind("norm", _layer_norm)
+GROUP_NORM = Kind("norm", _group_norm)
+RMS_NORM = Kind("norm", _rms_norm)
+
+KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
+    (nn.Linear, LINEAR),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
+    (nn.Embedding, EMBEDDING),
+    (nn.LayerNorm, LAYER_NORM),
+    (nn.GroupNorm, GROUP_NORM),
+)
+
+
+def kind_of(base: nn.Module) -> Kind | None:
+    """The kind of this base layer, or None where it can carry no adapter."""
+    for types, kind in KINDS:
+        if isinstance(base, types):
+            return kind
+    if type(base).__name__.endswith("RMSNorm") and getattr(base, "weight", None) is not None:
+        return RMS_NORM
+    return None

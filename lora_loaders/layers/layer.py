@@ -1,0 +1,290 @@
+"""AdapterLayer: the module that carries adapters. It calls its base layer, so hooks and quantised forwards go on working."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..deltas import Delta, Factors, LoraDelta
+from .kinds import LINEAR, Kind
+
+# Delta field -> where its parameter stands in the layer: container, leaf inside the adapter's entry ("": the entry is
+# the parameter itself), and whether it is stored transposed. The names are PEFT's.
+PARAMETERS: Mapping[str, tuple[str, str]] = {
+    "down": ("lora_A", "weight"),
+    "up": ("lora_B", "weight"),
+    "up_bias": ("lora_B", "bias"),
+    "mid": ("lora_mid", "weight"),
+    "magnitude": ("lora_magnitude_vector", "weight"),
+    "bias": ("diff_b", ""),
+    "value": ("set_weight", ""),
+}
+EMBEDDING_PARAMETERS: Mapping[str, tuple[str, str]] = {"up": ("lora_embedding_A", ""), "down": ("lora_embedding_B", "")}
+
+
+class Factor(nn.Module):
+    """Holds the parameters of one factor of one adapter, so that they are named `lora_A.<adapter>.weight`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+
+@dataclass
+class Shared:
+    """What all adapter layers of one model have in common."""
+
+    enabled: bool = True
+    scale: float = 1.0
+    """Factor of the forward at hand (`attention_kwargs={"scale": …}`)."""
+
+
+class AdapterLayer(nn.Module):
+    """A base layer and the adapters on it.
+
+    The forward sees one *slot*: the active adapters stacked to a single pair of factors with their scales folded in
+    (https://arxiv.org/abs/2106.09685, eq. 3, for a sum of adapters), so four active adapters cost what one costs and
+    switching only rewrites the slot's data. Adapters that are being trained skip the slot.
+
+    Args:
+        base_layer: the layer to wrap.
+        kind: what that layer can do.
+        shared: the model's common state.
+    """
+
+    base_layer: nn.Module
+    slot_down: Tensor | None
+    slot_up: Tensor | None
+    slot_in_gain: Tensor | None
+    slot_out_gain: Tensor | None
+    slot_bias: Tensor | None
+    slot_dense: Tensor | None
+
+    SLOTS = ("slot_down", "slot_up", "slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
+
+    def __init__(self, base_layer: nn.Module, kind: Kind, shared: Shared) -> None:
+        super().__init__()
+        self.kind = kind
+        self.shared = shared
+        self.templates: dict[str, Delta] = {}
+        self.weights: dict[str, float] = {}
+        self.dropouts: dict[str, float] = {}
+        self.active: tuple[str, ...] = ()
+        self.reserved = 0
+        self.fused: Any = None
+        self.narrow_base: nn.Module | None = None
+        self.training = base_layer.training
+        self._modules["base_layer"] = base_layer
+        for name in self.SLOTS:
+            self.register_buffer(name, None, persistent=False)
+        self._trained: tuple[nn.Parameter, ...] = ()
+
+    # Adapters
+
+    def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
+        """Register one adapter's tensors as parameters; it is not active yet."""
+        for field, tensor in delta.tensors().items():
+            container, leaf = self._place(delta, field)
+            data = tensor.detach()
+            if self._is_transposed(delta, field):
+                data = data.t()
+            parameter = nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
+            if leaf:
+                self._factor(container, name)._parameters[leaf] = parameter
+            else:
+                self._container(container, nn.ParameterDict)[name] = parameter
+        self.templates[name] = delta.map_tensors(lambda tensor: torch.empty(0))
+        self.weights[name] = 1.0
+        self.dropouts[name] = dropout
+
+    def remove(self, name: str) -> None:
+        """Forget one adapter; containers that are left empty go too."""
+        for field in self.templates[name].tensors():
+            container, _ = self._place(self.templates[name], field)
+            entries = self._modules.get(container)
+            if entries is not None and name in entries:  # type: ignore[operator]
+                del entries[name]  # type: ignore[attr-defined]
+            if entries is not None and len(entries) == 0:  # type: ignore[arg-type]
+                del self._modules[container]
+        del self.templates[name], self.weights[name], self.dropouts[name]
+        self.active = tuple(other for other in self.active if other != name)
+
+    def delta(self, name: str) -> Delta:
+        """One adapter's change, over the live parameters."""
+        template = self.templates[name]
+        tensors: dict[str, Tensor] = {}
+        for field in template.tensors():
+            container, leaf = self._place(template, field)
+            entry: Any = self._modules[container][name]  # type: ignore[index]
+            parameter = entry._parameters[leaf] if leaf else entry
+            tensors[field] = parameter.t() if self._is_transposed(template, field) else parameter
+        return template.with_tensors(tensors)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter."""
+        return [tensor for tensor in self._raw(name) if isinstance(tensor, nn.Parameter)]
+
+    def _raw(self, name: str) -> list[Any]:
+        places = (self._place(self.templates[name], field) for field in self.templates[name].tensors())
+        entries: list[tuple[Any, str]] = [(self._modules[container][name], leaf) for container, leaf in places]  # type: ignore[index]
+        return [entry._parameters[leaf] if leaf else entry for entry, leaf in entries]
+
+    @staticmethod
+    def _place(delta: Delta, field: str) -> tuple[str, str]:
+        if isinstance(delta, LoraDelta) and delta.embedding and field in EMBEDDING_PARAMETERS:
+            return EMBEDDING_PARAMETERS[field]
+        return PARAMETERS.get(field, (field, ""))
+
+    @staticmethod
+    def _is_transposed(delta: Delta, field: str) -> bool:
+        return isinstance(delta, LoraDelta) and delta.embedding and field in EMBEDDING_PARAMETERS
+
+    def _container(self, name: str, kind: type[nn.Module]) -> Any:
+        if name not in self._modules:
+            self._modules[name] = kind()
+        return self._modules[name]
+
+    def _factor(self, container: str, name: str) -> nn.Module:
+        entries = self._container(container, nn.ModuleDict)
+        if name not in entries:
+            entries[name] = Factor()
+            entries[name].training = self.training
+        return entries[name]
+
+    # State
+
+    @property
+    def contributing(self) -> list[tuple[str, float]]:
+        """Adapters that the forward adds, with their weight: active, here, and not fused into the base."""
+        if not self.shared.enabled:
+            return []
+        fused = self.fused.coefficients if self.fused is not None else ()
+        return [(name, self.weights[name]) for name in self.active if name in self.templates and name not in fused]
+
+    def note_trained(self) -> None:
+        """Remember the contributing adapters' parameters, whose `requires_grad` sends the forward past the slot."""
+        names = [name for name, _ in self.contributing]
+        self._trained = tuple(parameter for name in names for parameter in self.parameters_of(name))
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output plus what the active adapters add."""
+        for parameter in self._trained:
+            if parameter.requires_grad:
+                return self._forward_trained(x, *args, **kwargs)
+        scale = self.shared.scale
+        wide = x
+        if self.slot_in_gain is not None:
+            wide = self._along(x, 1 + scale * self.slot_in_gain, x)
+        out = self.base_layer(wide, *args, **kwargs)
+        if self.slot_out_gain is not None:
+            out = self._along(out, 1 + scale * self.slot_out_gain, out)
+        if self.slot_bias is not None:
+            out = out + self._shaped(scale * self.slot_bias, out)
+        if self.slot_dense is not None:
+            dense = self.slot_dense.to(x.device)
+            out = out + scale * self.kind.op(self.base_layer, x.to(dense.dtype) if x.is_floating_point() else x, dense).to(out.dtype)
+        if self.slot_down is not None:
+            out = self._add_low_rank(out, x, scale)
+        return out
+
+    def _add_low_rank(self, out: Tensor, x: Tensor, scale: float) -> Tensor:
+        down, up = self.slot_down, self.slot_up
+        assert down is not None
+        assert up is not None
+        if down.device != x.device:  # the base is offloaded and runs elsewhere
+            down, up = down.to(x.device), up.to(x.device)
+        if x.is_floating_point() and x.dtype != down.dtype:
+            x = x.to(down.dtype)
+        if self.kind is LINEAR:
+            narrow = F.linear(x, down)
+            if scale != 1.0:
+                narrow = narrow * scale
+            # One pass over the output instead of three; a compiler fuses the plain form better.
+            if (
+                not torch.compiler.is_compiling()
+                and not torch.is_grad_enabled()
+                and out.dtype == narrow.dtype == up.dtype
+                and out.is_contiguous()
+            ):
+                out.view(-1, out.shape[-1]).addmm_(narrow.reshape(-1, narrow.shape[-1]), up.t())
+                return out
+            return out + F.linear(narrow, up).to(out.dtype)
+        assert self.kind.low_rank is not None
+        added = self.kind.low_rank(self.base_layer, x, down, up)
+        return out + (added if scale == 1.0 else added * scale).to(out.dtype)
+
+    def _forward_trained(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Adapter by adapter, over the parameters themselves, so that gradients reach them."""
+        out = self.base_layer(x, *args, **kwargs)
+        for name, weight in self.contributing:
+            coefficient = weight * self.shared.scale
+            out = out + coefficient * self._contribution(name, x, out).to(out.dtype)
+        return out
+
+    def _contribution(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        delta = self.delta(name)
+        base_weight = self.base_layer.weight.detach() if delta.needs_base else None  # type: ignore[union-attr]
+        kind = self.kind
+        dropout = self.dropouts[name]
+        given = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
+        factors = delta.factors(base_weight) if kind.low_rank is not None else None
+        if factors is None or (kind.channel is None and factors.out_gain is not None):
+            weight = delta.delta_weight(base_weight)
+            added = kind.op(self.base_layer, given.to(weight.dtype) if given.is_floating_point() else given, weight)
+        else:
+            added = self._factored(factors, given, out)
+        bias = delta.delta_bias()
+        return added if bias is None else added + self._shaped(bias.to(added.dtype), added)
+
+    def _factored(self, factors: Factors, x: Tensor, out: Tensor) -> Tensor:
+        assert self.kind.low_rank is not None
+        down, up = factors.down, factors.up
+        given = x.to(down.dtype) if x.is_floating_point() else x
+        added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
+        if factors.in_gain is not None:
+            added = added + self.kind.op(self.base_layer, self._along(given, factors.in_gain, given), self.base_layer.weight.to(down.dtype))  # type: ignore[union-attr]
+        if factors.out_gain is not None:
+            bias = self.bias
+            plain = out if bias is None else out - self._shaped(bias, out)
+            added = added + self._along(plain, factors.out_gain, plain)
+        return added
+
+    def _shaped(self, vector: Tensor, like: Tensor) -> Tensor:
+        """A vector over the channels, broadcastable against activations."""
+        if self.kind.channel != 1:
+            # A group norm's channels stand where a convolution's do.
+            channel_first = self.kind.name == "norm" and isinstance(self.base_layer, nn.GroupNorm)
+            if not channel_first:
+                return vector.to(like.device)
+        return vector.to(like.device).view(-1, *[1] * (like.ndim - 2))
+
+    def _along(self, activations: Tensor, vector: Tensor, like: Tensor) -> Tensor:
+        return activations * self._shaped(vector, like).to(activations.dtype)
+
+    # What others read
+
+    def get_base_layer(self) -> nn.Module:
+        """The wrapped layer."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "_modules") or name.startswith(("lora_", "slot_")):
+                raise
+            return getattr(self.base_layer, name)
