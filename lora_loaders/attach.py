@@ -24,7 +24,8 @@ from .layers.kinds import Kind, kind_of
 from .layers.layer import AdapterLayer, Shared
 from .layers.slots import refresh
 
-NO_LAYERS: tuple[AdapterLayer, ...] = ()
+ALIGNMENT = 64
+"""Elements between the starts of neighbouring parameters in one buffer, so that each is aligned for any kernel."""
 
 
 class ModelLayout:
@@ -376,9 +377,9 @@ def apply(
     undo = _Undo()
     try:
         touched = {component: _shared(plan.models[component]) for component in plan.components}
-        for binding in plan.bindings:
-            layer = _ensure_layer(binding, plan.models[binding.component], touched[binding.component], undo)
-            delta = _settled(binding.delta, layer)
+        layers = [_ensure_layer(b, plan.models[b.component], touched[b.component], undo) for b in plan.bindings]
+        deltas = _settled(list(zip(plan.bindings, layers, strict=True)))
+        for layer, delta in zip(layers, deltas, strict=True):
             layer.add(name, delta, requires_grad=requires_grad, dropout=dropout)
             undo.added.append(layer)
         if activate:
@@ -443,15 +444,33 @@ def _widened(narrow: nn.Linear, inputs: int) -> nn.Linear:
     return wide.train(narrow.training)
 
 
-def _settled(delta: Delta, layer: AdapterLayer) -> Delta:
-    """The delta where the layer computes and in its dtype, owning its memory so that no caller's tensor is shared."""
-    device, dtype = adapter_device(layer.base_layer), adapter_dtype(layer.base_layer)
+def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
+    """The deltas where their layers compute and in their dtype, in memory of their own.
 
-    def settle(tensor: Tensor) -> Tensor:
-        moved = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        return moved.contiguous()
+    Parts of a fused module share one `down`, and a caller's dictionary shares everything: parameters must share nothing.
+    One buffer for each device and dtype, filled in one batched copy, costs less than a copy a tensor.
+    """
+    wanted: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for binding, layer in bindings:
+        device, dtype = adapter_device(layer.base_layer), adapter_dtype(layer.base_layer)
+        for tensor in binding.delta.tensors().values():
+            place = (device or tensor.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            wanted.setdefault(place, []).append(tensor)
+    settled: dict[tuple[torch.device, torch.dtype], Iterator[Tensor]] = {}
+    for (device, dtype), tensors in wanted.items():
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
+        buffer = torch.empty(starts[-1], dtype=dtype, device=device)
+        targets = [buffer[s : s + t.numel()].view(t.shape) for s, t in zip(starts, tensors, strict=False)]
+        torch._foreach_copy_(targets, tensors)
+        settled[device, dtype] = iter(targets)
 
-    return delta.map_tensors(settle)
+    def settle(layer: AdapterLayer, tensor: Tensor) -> Tensor:
+        device, dtype = adapter_device(layer.base_layer), adapter_dtype(layer.base_layer)
+        return next(settled[device or tensor.device, dtype if tensor.is_floating_point() else tensor.dtype])
+
+    return [binding.delta.map_tensors(lambda t, layer=layer: settle(layer, t)) for binding, layer in bindings]
 
 
 def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
