@@ -3,10 +3,11 @@
 Pure tensors: nothing here knows of modules, files or names.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +65,11 @@ class Delta(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...] | None:
-        """Shape of the weight this changes, `[out, in]` or `[out, in, *kernel]`; None where only the bias changes."""
+        """Shape of the weight this changes, `[out, in]` or `[out, in, *kernel]`; None where only the bias changes.
+
+        A size that the tensors do not tell is -1: a rotation or gain of the outputs fits any number of inputs, and then
+        the kernel is left out. `fits` knows how to compare.
+        """
 
     @abstractmethod
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
@@ -73,6 +78,10 @@ class Delta(ABC):
         Args:
             base_weight: the module's weight; only algebras with `needs_base` read it.
         """
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of ΔW, for algebras that do not need the base."""
+        return self.delta_weight()[start:stop]
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
         """The same change as `Factors`, or None where the algebra has no such form."""
@@ -99,11 +108,17 @@ class Delta(ABC):
 
     @property
     def out_features(self) -> int:
-        """Number of output rows."""
-        if self.shape is not None:
-            return self.shape[0]
-        assert self.bias is not None
-        return self.bias.shape[0]
+        """Number of output rows, -1 where the tensors do not tell."""
+        rows = -1 if self.shape is None else self.shape[0]
+        return self.bias.shape[0] if rows == -1 and self.bias is not None else rows
+
+    def fits(self, weight_shape: Sequence[int]) -> bool:
+        """Whether this can change a weight of that shape; trailing dimensions of 1 (a 1x1 kernel) do not matter."""
+        if self.shape is None:
+            return True
+        own, other = strip_ones(self.shape), strip_ones(weight_shape)
+        known = all(size in (-1, wanted) for size, wanted in zip(own, other, strict=False))
+        return known and (len(own) == len(other) or -1 in own)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensor fields by name."""
@@ -144,8 +159,8 @@ class Delta(ABC):
         return [self.rows(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
     @classmethod
-    def join(cls, parts: Sequence[Self]) -> "Delta":
-        """Stack parts along the output rows: the inverse of `split`.
+    def join(cls, parts: Sequence[Any]) -> "Delta":
+        """Stack parts, all of this class, along the output rows: the inverse of `split`.
 
         Raises:
             ConversionError: this algebra cannot say the stacked change.
@@ -157,8 +172,8 @@ class Delta(ABC):
 
 
 def check_sizes(rows: int, sizes: Sequence[int]) -> None:
-    """Raise unless the parts add up to the whole."""
-    if sum(sizes) != rows:
+    """Raise unless the parts add up to the whole; a number of rows of -1 is not known and takes any parts."""
+    if rows not in (-1, sum(sizes)):
         raise ConversionError(f"parts of {list(sizes)} rows do not add up to the {rows} rows of the fused module")
 
 
@@ -167,9 +182,62 @@ def computing(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors hold the same data in the same shape and dtype; two absent ones do."""
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def strip_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape without trailing ones, which is how a 1x1 convolution equals a linear layer."""
+    kept = tuple(shape)
+    while kept and kept[-1] == 1:
+        kept = kept[:-1]
+    return kept
+
+
+def view_like(delta_weight: Tensor, shape: Sequence[int], base_weight: Tensor | None) -> Tensor:
+    """ΔW in the base weight's shape if it is given and has as many elements, else in `shape`.
+
+    LyCORIS flattens kernels (`[rank, in·kh·kw]`), and then only the base knows them.
+    """
+    if base_weight is not None and base_weight.numel() == delta_weight.numel():
+        return delta_weight.reshape(base_weight.shape)
+    return delta_weight.reshape(*shape)
+
+
+def is_cheaper(rank: int, shape: Sequence[int]) -> bool:
+    """Whether a product of that rank costs less than the whole weight it makes up."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    return rank * (rows + columns) < rows * columns
+
+
+def whole_units(rows: Tensor, unit: int) -> Tensor | None:
+    """Numbers of the blocks of `unit` rows that a selection of rows consists of, None if it cuts or mixes one."""
+    if rows.numel() % unit:
+        return None
+    blocks = rows.view(-1, unit)
+    starts = blocks[:, :1]
+    whole = torch.equal(blocks, starts + torch.arange(unit)) and not (starts % unit).any()
+    return starts.flatten() // unit if whole else None
+
+
 def join_optional(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
     """Concatenate row vectors of which some may be absent, which means zero."""
     given = [tensor for tensor in tensors if tensor is not None]
     if not given:
         return None
     return torch.cat([given[0].new_zeros(size) if t is None else t for t, size in zip(tensors, sizes, strict=True)])
+
+
+def join_biases(parts: Sequence[Delta]) -> Tensor | None:
+    """The parts' biases one after another; a part without one must tell its rows."""
+    if all(part.bias is None for part in parts):
+        return None
+    sizes = [part.out_features for part in parts]
+    if -1 in sizes:
+        raise ConversionError(
+            "some parts of a fused module change the bias, and others do not tell their number of rows"
+        )
+    return join_optional([part.bias for part in parts], sizes)

@@ -68,7 +68,17 @@ class DoraDelta(Delta):
     @property
     def per_input(self) -> bool:
         """Whether the magnitude holds norms of columns rather than rows; the shape alone tells."""
-        return self.magnitude.ndim > 1 and self.magnitude.shape[0] == 1 and self.out_features != 1
+        return self.magnitude.ndim > 1 and self.magnitude.shape[0] == 1 and self.inner.out_features != 1
+
+    @property
+    def out_features(self) -> int:
+        """See `Delta.out_features`; magnitudes per output tell it where the inner delta does not."""
+        rows = self.inner.out_features
+        return self.magnitude.shape[0] if rows == -1 and not self.per_input else rows
+
+    def fits(self, weight_shape: Sequence[int]) -> bool:
+        """See `Delta.fits`."""
+        return self.inner.fits(weight_shape)
 
     def _gain(self, base_weight: Tensor | None) -> Tensor:
         """magnitude / ‖W + Δ‖, `[out]` or `[in]`; the norm is a constant for the gradient, as in the paper."""
@@ -81,15 +91,15 @@ class DoraDelta(Delta):
         return computing(self.magnitude).flatten() / norms
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
-        """The inner factors with the gain folded into `down` (per input) or `up` (per output)."""
+        """The inner factors with the gain folded into `down` (per input) or `up` (per output), and into their gains."""
         inner = self.inner.factors(base_weight)
         if inner is None:
             return None
         gain = self._gain(base_weight)
         if self.per_input:
             columns = gain.view(1, -1, *[1] * (inner.down.ndim - 2))
-            return replace(inner, down=computing(inner.down) * columns, in_gain=gain - 1)
-        return replace(inner, up=computing(inner.up) * gain[:, None], out_gain=gain - 1)
+            return replace(inner, down=computing(inner.down) * columns, in_gain=_compose(gain, inner.in_gain))
+        return replace(inner, up=computing(inner.up) * gain[:, None], out_gain=_compose(gain, inner.out_gain))
 
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""
@@ -140,6 +150,13 @@ class DoraDelta(Delta):
     def join(cls, parts: Sequence[Self]) -> "DoraDelta":
         """See `Delta.join`."""
         if any(part.per_input for part in parts):
-            raise ConversionError("DoRA magnitudes per input column of separate modules cannot become one fused module's")
+            raise ConversionError(
+                "DoRA magnitudes per input column of separate modules cannot become one fused module's"
+            )
         inner = type(parts[0].inner).join([part.inner for part in parts])
         return cls(inner=inner, magnitude=torch.cat([part.magnitude for part in parts]))
+
+
+def _compose(gain: Tensor, inner: Tensor | None) -> Tensor:
+    """`gain` after an inner gain (a difference from 1, or none), as a difference from 1."""
+    return gain - 1 if inner is None else gain * (1 + computing(inner)) - 1

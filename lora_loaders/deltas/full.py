@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import ConversionError, MalformedAdapterError
-from .base import Delta, Slots, computing, join_optional
+from .base import Delta, Slots, computing, join_biases
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -19,6 +19,7 @@ class FullDelta(Delta):
     Attributes:
         diff: the difference, or None where only the bias changes.
         norm: whether the file spells it as a norm's difference (`w_norm`, `b_norm`), kept for writing it back.
+        modulation: whether the file spells it as the difference of a block's modulation parameter (`diff_m`, LightX2V).
     """
 
     kind: ClassVar[str] = "full"
@@ -26,19 +27,24 @@ class FullDelta(Delta):
 
     diff: Tensor | None = None
     norm: bool = False
+    modulation: bool = False
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
         """See `Delta.from_slots`."""
+        if "diff_m" in slots:
+            return cls(diff=slots["diff_m"], modulation=True)
         norm = "w_norm" in slots or "b_norm" in slots
         if norm and ("diff" in slots or "bias" in slots):
-            raise MalformedAdapterError("a norm difference (w_norm, b_norm) and a full difference (diff, diff_b) for one module")
+            raise MalformedAdapterError(
+                "a norm difference (w_norm, b_norm) and a full difference (diff, diff_b) for one module"
+            )
         diff, bias = (slots.get("w_norm"), slots.get("b_norm")) if norm else (slots.get("diff"), slots.get("bias"))
         return cls(diff=diff, bias=bias, norm=norm)
 
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
-        names = {"diff": "w_norm", "bias": "b_norm"} if self.norm else {}
+        names = {"diff": "w_norm", "bias": "b_norm"} if self.norm else {"diff": "diff_m"} if self.modulation else {}
         return {names.get(name, name): tensor for name, tensor in self.tensors().items()}
 
     @property
@@ -51,7 +57,9 @@ class FullDelta(Delta):
         if self.diff is not None:
             return computing(self.diff)
         if base_weight is None:
-            raise ConversionError("this delta changes a bias alone: its ΔW is zero in the shape of the base weight, which is needed")
+            raise ConversionError(
+                "this delta changes a bias alone: its ΔW is zero in the shape of the base weight, which is needed"
+            )
         return torch.zeros(base_weight.shape, device=base_weight.device)
 
     @classmethod
@@ -60,8 +68,10 @@ class FullDelta(Delta):
         diffs = [part.diff for part in parts if part.diff is not None]
         if diffs and len(diffs) < len(parts):
             raise ConversionError("some parts of a fused module change the weight and some only the bias")
-        bias = join_optional([part.bias for part in parts], [part.out_features for part in parts])
-        return cls(diff=torch.cat(diffs) if diffs else None, bias=bias, norm=parts[0].norm)
+        bias = join_biases(parts)
+        return cls(
+            diff=torch.cat(diffs) if diffs else None, bias=bias, norm=parts[0].norm, modulation=parts[0].modulation
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -101,5 +111,5 @@ class SetDelta(Delta):
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "SetDelta":
         """See `Delta.join`."""
-        bias = join_optional([part.bias for part in parts], [part.out_features for part in parts])
+        bias = join_biases(parts)
         return cls(value=torch.cat([part.value for part in parts]), bias=bias)

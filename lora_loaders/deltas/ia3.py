@@ -1,0 +1,87 @@
+"""IA3: ΔW scales rows or columns of the weight (https://arxiv.org/abs/2205.05638; LyCORIS)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..errors import ConversionError
+from .base import Delta, Factors, RowMap, Slots, computing, join_biases, same
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ia3Delta(Delta):
+    """ΔW = weight ∘ W, over columns (`on_input`) or rows; the bias stays as it is, as LyCORIS leaves it.
+
+    Attributes:
+        weight: gains less 1, `[in]` or `[out]`; for a convolution `[1, in or out, 1, …]` either way.
+        on_input: the gains are those of the inputs.
+    """
+
+    kind: ClassVar[str] = "ia3"
+
+    weight: Tensor
+    on_input: bool
+
+    @classmethod
+    def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
+        """See `Delta.from_slots`; without data (a meta tensor) the flag reads as False."""
+        flag = slots["on_input"]
+        return cls(weight=slots["weight"], on_input=not flag.is_meta and bool(flag.item()), bias=slots.get("bias"))
+
+    def slots(self) -> dict[str, Tensor]:
+        """See `Delta.slots`."""
+        return {**self.tensors(), "on_input": torch.tensor(int(self.on_input))}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Delta.shape`; the other side is not known."""
+        size = self.weight.numel()
+        return (-1, size) if self.on_input else (size, -1)
+
+    @property
+    def needs_base(self) -> bool:
+        """See `Delta.needs_base`."""
+        return True
+
+    def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
+        """See `Delta.delta_weight`."""
+        base = _given(base_weight)
+        gains = [1] * base.ndim
+        gains[1 if self.on_input else 0] = -1
+        return computing(self.weight).view(gains) * base
+
+    def factors(self, base_weight: Tensor | None = None) -> Factors:
+        """A gain beside a product of rank 0."""
+        base = _given(base_weight)
+        gain = computing(self.weight).flatten()
+        down, up = gain.new_zeros(0, *base.shape[1:]), gain.new_zeros(base.shape[0], 0)
+        return Factors(down, up, in_gain=gain) if self.on_input else Factors(down, up, out_gain=gain)
+
+    def map_rows(self, change: RowMap) -> Self:
+        """See `Delta.map_rows`; gains of the inputs are the same for all rows."""
+        part = super().map_rows(change)
+        if self.on_input:
+            return part
+        axis = self.weight.shape.index(self.weight.numel())
+        return replace(part, weight=change(self.weight.transpose(0, axis)).transpose(0, axis))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> "Ia3Delta":
+        """See `Delta.join`: gains of rows, or the same gains of the inputs."""
+        first, bias = parts[0], join_biases(parts)
+        if not any(part.on_input for part in parts):
+            axis = first.weight.shape.index(first.weight.numel())
+            return replace(first, weight=torch.cat([part.weight for part in parts], axis), bias=bias)
+        if not all(part.on_input and same(part.weight, first.weight) for part in parts):
+            raise ConversionError("gains of the inputs of separate modules cannot become one fused module's")
+        return replace(first, bias=bias)
+
+
+def _given(base_weight: Tensor | None) -> Tensor:
+    if base_weight is None:
+        raise ConversionError("a gain's ΔW depends on the weight it scales: pass base_weight")
+    return computing(base_weight)

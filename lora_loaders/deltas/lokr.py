@@ -1,0 +1,228 @@
+"""LoKr: ΔW is a Kronecker product (KronA, https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..errors import ConversionError, MalformedAdapterError
+from .base import (
+    Delta,
+    Factors,
+    RowMap,
+    Slots,
+    check_sizes,
+    computing,
+    is_cheaper,
+    join_biases,
+    same,
+    view_like,
+    whole_units,
+)
+from .rows import RowsDelta
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LokrDelta(Delta):
+    """ΔW = scaling · kron(w1, w2), either factor stored whole or as the product of its `_a` and `_b`.
+
+    Shapes, for out = p·m and in = q·n: w1 `[p, q]`, w2 `[m, n, *kernel]`. A convolution's w2_b without a core is
+    `[rank, n·kh·kw]` (LyCORIS flattens it); `shape` is then `[out, in·kh·kw]`, and `delta_weight` takes the base
+    weight's shape if that is given.
+
+    Attributes:
+        lokr_w1, or lokr_w1_a and lokr_w1_b: `[p, q]`, or `[p, rank]` and `[rank, q]`.
+        lokr_w2, or lokr_w2_a and lokr_w2_b: `[m, n, *kernel]`, or `[m, rank]` and `[rank, n, *kernel]`.
+        lokr_t2: Tucker core `[rank, rank, *kernel]`; w2_a is then `[rank, m]` and w2_b `[rank, n]`.
+        alpha: numerator of the scaling alpha / rank; None and 0 mean 1, and so do two whole factors (no rank).
+    """
+
+    kind: ClassVar[str] = "lokr"
+
+    lokr_w1: Tensor | None = None
+    lokr_w1_a: Tensor | None = None
+    lokr_w1_b: Tensor | None = None
+    lokr_w2: Tensor | None = None
+    lokr_w2_a: Tensor | None = None
+    lokr_w2_b: Tensor | None = None
+    lokr_t2: Tensor | None = None
+    alpha: float | None = None
+
+    @classmethod
+    def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
+        """See `Delta.from_slots`."""
+        core = slots.get("lokr_t2")
+        joints = [(slots["lokr_w1_a"].shape[1], slots["lokr_w1_b"].shape[0])] if "lokr_w1_a" in slots else []
+        if "lokr_w2_a" in slots:
+            a, b = slots["lokr_w2_a"], slots["lokr_w2_b"]
+            joints += (
+                [(a.shape[1], b.shape[0])]
+                if core is None
+                else [(a.shape[0], core.shape[0]), (b.shape[0], core.shape[1])]
+            )
+        if any(left != right for left, right in joints):
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in slots.items())
+            raise MalformedAdapterError(f"the factors do not multiply: {shapes}")
+        return cls(**slots, alpha=alpha)
+
+    def slots(self) -> dict[str, Tensor]:
+        """See `Delta.slots`."""
+        return self.tensors()
+
+    @property
+    def rank(self) -> int | None:
+        """Inner dimension of w2, else of w1; None where both are whole."""
+        factor = self.lokr_w1_b if self.lokr_w2_b is None else self.lokr_w2_b
+        return None if factor is None else factor.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank; 1 where no alpha is given or neither factor has a rank."""
+        return self.alpha / self.rank if self.alpha and self.rank else 1.0
+
+    @property
+    def _row_factor(self) -> Tensor:
+        """The tensor whose rows are those of w1."""
+        factor = self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1
+        assert factor is not None
+        return factor
+
+    @property
+    def _unit(self) -> int:
+        """Rows of w2: output rows that share one row of w1."""
+        if self.lokr_w2 is not None:
+            return self.lokr_w2.shape[0]
+        assert self.lokr_w2_a is not None
+        return self.lokr_w2_a.shape[0 if self.lokr_t2 is None else 1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Delta.shape`; two-dimensional where the file flattens a kernel."""
+        columns = self.lokr_w1_b if self.lokr_w1 is None else self.lokr_w1
+        second = self.lokr_w2_b if self.lokr_w2 is None else self.lokr_w2
+        assert columns is not None
+        assert second is not None
+        kernel = second.shape[2:] if self.lokr_t2 is None else self.lokr_t2.shape[2:]
+        return (self._row_factor.shape[0] * self._unit, columns.shape[1] * second.shape[1], *kernel)
+
+    def fits(self, weight_shape: Sequence[int]) -> bool:
+        """See `Delta.fits`; a flattened kernel fits any kernel of that size."""
+        out, *rest = self.shape
+        flattened = len(rest) == 1 and out == weight_shape[0] and rest[0] == math.prod(weight_shape[1:])
+        return flattened or super().fits(weight_shape)
+
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """w1 as a product of the least rank; a whole factor is one side, an identity the other."""
+        if self.lokr_w1 is not None:
+            return _with_identity(computing(self.lokr_w1).flatten(1))
+        assert self.lokr_w1_a is not None
+        assert self.lokr_w1_b is not None
+        return computing(self.lokr_w1_a).flatten(1), computing(self.lokr_w1_b).flatten(1)
+
+    def _second(self) -> tuple[Tensor, Tensor]:
+        """w2 `[m, n·kernel]` as a product of the least rank; a core is multiplied into the right side."""
+        if self.lokr_w2 is not None:
+            return _with_identity(computing(self.lokr_w2).flatten(1))
+        assert self.lokr_w2_a is not None
+        assert self.lokr_w2_b is not None
+        left, right = computing(self.lokr_w2_a), computing(self.lokr_w2_b)
+        if self.lokr_t2 is not None:
+            left, right = left.mT, torch.einsum("ij...,jn->in...", computing(self.lokr_t2), right)
+        return left.flatten(1), right.flatten(1)
+
+    def factors(self, base_weight: Tensor | None = None) -> Factors | None:
+        """kron(a b, c d) = kron(a, c) @ kron(b, d), or None where that costs more than the whole weight."""
+        (left1, right1), (left2, right2) = self._first(), self._second()
+        if not is_cheaper(right1.shape[0] * right2.shape[0], self.shape):
+            return None
+        kernel = self.shape[1:] if base_weight is None else base_weight.shape[1:]
+        return Factors(_kron(right1, right2).reshape(-1, *kernel), _kron(left1, left2), self.scaling)
+
+    def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
+        """See `Delta.delta_weight`."""
+        first = _product(self.lokr_w1, self._first)
+        second = _product(self.lokr_w2, self._second)
+        return view_like(_kron(first, second) * self.scaling, self.shape, base_weight)
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """See `Delta.weight_rows`; only the blocks that these rows touch are computed."""
+        first, last = start // self._unit, -(-stop // self._unit)
+        touched = self._take(torch.arange(first, last)).delta_weight()
+        return touched[start - first * self._unit :][: stop - start]
+
+    def _take(self, blocks: Tensor) -> Self:
+        """The delta of the given rows of w1, without its bias."""
+        name = "lokr_w1_a" if self.lokr_w1 is None else "lokr_w1"
+        factor = self._row_factor
+        return replace(self, **{name: factor[blocks.to(factor.device)]}, bias=None)
+
+    def map_rows(self, change: RowMap) -> Self:
+        """See `Delta.map_rows`.
+
+        Raises:
+            ConversionError: the selection cuts through rows that share a row of w1; `rows`, `split` and `swap_halves`
+                give a `RowsDelta` there.
+        """
+        blocks = whole_units(change(torch.arange(self.out_features)), self._unit)
+        if blocks is None:
+            raise ConversionError(f"rows of a LoKr delta can be chosen only in blocks of {self._unit}, the rows of w2")
+        return replace(self._take(blocks), bias=None if self.bias is None else change(self.bias))
+
+    def rows(self, start: int, stop: int) -> Delta:
+        """See `Delta.rows`."""
+        if start % self._unit or stop % self._unit:
+            return RowsDelta.of(self, [(start, stop)])
+        return super().rows(start, stop)
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        """See `Delta.split`; where one cut misses the blocks, all parts become `RowsDelta`, and `join` undoes it."""
+        check_sizes(self.out_features, sizes)
+        if not any(size % self._unit for size in sizes):
+            return super().split(sizes)
+        stops = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        return [RowsDelta.of(self, [(stop - size, stop)]) for stop, size in zip(stops, sizes, strict=True)]
+
+    def swap_halves(self) -> Delta:
+        """See `Delta.swap_halves`."""
+        if self._row_factor.shape[0] % 2:
+            half = self.out_features // 2
+            return RowsDelta.of(self, [(half, self.out_features), (0, half)])
+        return super().swap_halves()
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> "LokrDelta":
+        """See `Delta.join`: parts that share all but the rows of w1, as those of a split on blocks do."""
+        first = parts[0]
+        name = "lokr_w1_a" if first.lokr_w1 is None else "lokr_w1"
+        shared = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"} - {name}
+        for part in parts[1:]:
+            if part.scaling != first.scaling or not all(same(getattr(part, n), getattr(first, n)) for n in shared):
+                raise ConversionError(
+                    "LoKr deltas of separate modules cannot be stacked into one fused module",
+                    mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
+                )
+        bias = join_biases(parts)
+        return replace(first, **{name: torch.cat([part._row_factor for part in parts])}, bias=bias)
+
+
+def _with_identity(factor: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = factor.shape
+    identity = torch.eye(min(rows, columns), dtype=factor.dtype, device=factor.device)
+    return (identity, factor) if rows <= columns else (factor, identity)
+
+
+def _product(whole: Tensor | None, halves: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    if whole is not None:
+        return computing(whole).flatten(1)
+    left, right = halves()
+    return left @ right
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """Kronecker product of matrices; torch.kron (2.13) refuses some transposed ones."""
+    rows, columns = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+    return (first[:, None, :, None] * second[None, :, None, :]).reshape(rows, columns)
