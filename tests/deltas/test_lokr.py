@@ -76,6 +76,14 @@ def test_parts_of_parts_and_swapped_parts_join_to_the_whole() -> None:
     assert isinstance(join([swapped.map_rows(lambda tensor: tensor.roll(12))]), LokrDelta)
 
 
+def test_some_of_the_parts_join_to_their_rows() -> None:
+    case = CASES["lokr cut inside blocks"]
+    first, middle, last = case.build().split([9, 7, 8])
+    joined = join([last, first])
+    torch.testing.assert_close(joined.delta_weight(), torch.cat([case.expected()[16:], case.expected()[:9]]))
+    torch.testing.assert_close(join([first, middle]).delta_weight(), case.expected()[:16])
+
+
 def test_rows_that_need_the_other_parts_weights_are_refused() -> None:
     rotated = CASES["input oft"].build()
     with pytest.raises(ConversionError, match="other parts"):
