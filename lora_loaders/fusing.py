@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import adapter_layers
+from .attaching import adapter_layers
 from .deltas import Delta, Factors
 from .errors import AdapterStateError
 from .layers.base_weight import is_plain, read_weight

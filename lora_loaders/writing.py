@@ -1,0 +1,386 @@
+"""`Adapter` -> file: names read backward through the family's table, tensors under the format's suffixes."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .conversion import Source, family_named, read_adapter
+from .deltas import Delta, DoraDelta, LoraDelta
+from .errors import AdapterFileError, ConversionError
+from .families import FAMILIES, Family, Names
+from .families.rules import Resolved
+from .files import DEFAULT_NAMES, HubOptions, atomic, write_safetensors
+from .formats import Format, format_named
+from .formats.grammar import COMMON, STYLES
+from .scaling import METADATA_KEY
+
+
+@dataclass
+class _Writing:
+    """What is gathered while one adapter is written."""
+
+    form: Format
+    family: Family | None
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    alphas: dict[str, dict[str, LoraDelta]] = field(default_factory=dict[str, dict[str, LoraDelta]])
+    """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
+    problems: list[str] = field(default_factory=list[str])
+
+
+def to_tensors(
+    adapter: Adapter, format: str = "diffusers", *, families: Sequence[Family] = FAMILIES
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """The adapter's tensors as a format spells them.
+
+    Returns:
+        Tensors by key, the header's metadata, and PEFT's configuration (for `adapter_config.json`).
+
+    Raises:
+        ConversionError: what the format cannot say, module by module.
+        ValueError: no such format.
+    """
+    form = format_named(format)
+    family = family_named(adapter.family, families) if adapter.family else None
+    writing = _Writing(form, family)
+    components = [component for component, deltas in adapter.deltas.items() if deltas]
+    if form.name == "peft" and len(components) > 1:
+        writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
+    for component in components:
+        prefix = _prefix(form, component, family)
+        if prefix is None:
+            writing.problems.append(f"{component}: the format has no word for this component")
+            continue
+        for name, delta in _named(adapter.deltas[component], component, writing):
+            _write_delta(name, delta, component, prefix, writing)
+    for token, vector in adapter.embeddings.items():
+        writing.tensors[token] = vector
+    if writing.problems:
+        raise ConversionError(
+            f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
+            f"{len(writing.problems)} places",
+            problems=writing.problems,
+            mend="Choose another format, or write in float32 where rounding is the reason.",
+            state="Nothing was written.",
+        )
+    return writing.tensors, _metadata(adapter, writing), _peft_config(writing)
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format: str = "diffusers",
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = True,
+) -> Path:
+    """Write an adapter in any spelling, whole or not at all.
+
+    Args:
+        adapter: what to write.
+        path: a `.safetensors` file, or a folder, which gets the format's usual file name (and PEFT's
+            `adapter_config.json`).
+        format: see `lora_loaders.formats`.
+        dtype: floating dtype to write in; as it is by default.
+        overwrite: whether an existing file may be replaced.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ConversionError: what the format cannot say.
+        AdapterFileError: the file is there and must not be replaced.
+    """
+    if dtype is not None:
+        adapter = adapter.to(dtype=dtype)
+    tensors, metadata, config = to_tensors(adapter, format)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / DEFAULT_NAMES[format == "peft"]
+    if path.exists() and not overwrite:
+        raise AdapterFileError(f"{path} is there already", mend="Choose another name, or allow overwriting.")
+    if format == "indexed":
+        metadata |= _indexed_metadata(adapter)
+    write_safetensors(tensors, path, metadata)
+    if format == "peft" and path.name == DEFAULT_NAMES[1]:
+        with atomic(path.parent / "adapter_config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2), "utf-8")
+    return path
+
+
+def convert(
+    source: Source,
+    target: str | os.PathLike[str],
+    *,
+    format: str,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = True,
+    use_safetensors: bool | None = None,
+    hub: HubOptions | None = None,
+) -> Path:
+    """Read any spelling and write another; see `read_adapter` and `write_adapter`.
+
+    Raises:
+        AdapterFileError, ConversionError: and nothing is written.
+    """
+    adapter = read_adapter(source, family=family, use_safetensors=use_safetensors, hub=hub)
+    if adapter.unresolved:
+        raise ConversionError(
+            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
+            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
+            mend="Name the family with family=… if it was taken for another.",
+            state="Nothing was written.",
+        )
+    return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite)
+
+
+def _prefix(form: Format, component: str, family: Family | None) -> str | None:
+    is_encoder = component.startswith("text_encoder")
+    if family is not None and component not in family.components:
+        return None
+    template = form.text_encoder if is_encoder else form.denoiser
+    if template is None:
+        return None
+    number = family.encoder_number(component) if is_encoder and family else ""
+    if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
+        return template.format(component=component)
+    is_denoiser = component == (family.denoiser if family else component)
+    if not is_encoder and not is_denoiser:
+        return f"{component}."
+    return template.format(component=component, number=number, encoder=family.encoders.get(component, "") if family else "")
+
+
+def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> list[tuple[str, Delta]]:
+    """Deltas under the names that the format uses: joined and swapped back where the table says so."""
+    family, form = writing.family, writing.form
+    if form.name == "indexed":
+        return _indexed(deltas, component, writing)
+    names = form.names
+    if names == "trainer":
+        names = family.trainer_names if family else "diffusers"
+    if names == "diffusers" or family is None or component.startswith("text_encoder"):
+        if names in ("xlabs", "omi"):
+            writing.problems.append(f"{component}: no {names} names are known for this family")
+        return list(deltas.items())
+    return _joined(deltas, family.components[component], names, component, writing)
+
+
+def _joined(
+    deltas: Mapping[str, Delta], names: Names, dialect: Any, component: str, writing: _Writing
+) -> list[tuple[str, Delta]]:
+    reader = names.writing(dialect)
+    groups: dict[str, tuple[Resolved, dict[str, Delta]]] = {}
+    for path, delta in deltas.items():
+        source, resolved = reader.source(path)
+        if dialect == "xlabs" and resolved.is_diffusers:
+            writing.problems.append(f"{component}.{path}: the format has no name for this module")
+            continue
+        groups.setdefault(source, (resolved, {}))[1][path] = delta
+    named: list[tuple[str, Delta]] = []
+    for source, (resolved, parts) in groups.items():
+        try:
+            delta = _join(resolved, parts)
+            swapped = resolved.rule.swap == "all" or (resolved.rule.swap == "last" and _ends(resolved, deltas))
+            named.append((source, delta.swap_halves() if swapped else delta))
+        except ConversionError as error:
+            writing.problems.append(f"{component}.{source}: {error.what}")
+    return named
+
+
+def _ends(resolved: Resolved, deltas: Mapping[str, Delta]) -> bool:
+    """Whether this is the last block among those the adapter changes."""
+    blocks = [int(part) for path in deltas for part in path.split(".")[1:2] if part.isdigit()]
+    return resolved.block == max(blocks, default=None)
+
+
+def _join(resolved: Resolved, parts: Mapping[str, Delta]) -> Delta:
+    if len(resolved.paths) == 1:
+        return next(iter(parts.values()))
+    shares = dict(zip(resolved.paths, resolved.rule.shares, strict=True))
+    known, sample = next(iter(parts.items()))
+    unit = sample.out_features // shares[known]
+    whole = [parts.get(path) or _zero(sample, unit * shares[path]) for path in resolved.paths]
+    kinds = {type(part) for part in whole}
+    if len(kinds) > 1:
+        mixed = ", ".join(sorted(kind.kind for kind in kinds))
+        raise ConversionError(f"the parts of this fused module are of different algebras ({mixed})")
+    return type(sample).join(whole)
+
+
+def _zero(like: Delta, rows: int) -> Delta:
+    """No change, in the algebra of its sister part: zero rows on the same `down`."""
+    if not isinstance(like, LoraDelta):
+        raise ConversionError(f"a part of this fused module is missing, and {like.kind} cannot say no change")
+    up = like.up.new_zeros(rows, *like.up.shape[1:])
+    return replace(like, up=up, up_bias=None, bias=None)
+
+
+def _indexed(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> list[tuple[str, Delta]]:
+    order = writing.family.traversal.get(component, ()) if writing.family else ()
+    places = {path: index for index, (_, path) in enumerate(order)}
+    named: list[tuple[str, Delta]] = []
+    for path, delta in deltas.items():
+        if path in places:
+            named.append((f":{places[path]}", delta))
+        else:
+            writing.problems.append(f"{component}.{path}: not among the modules that this format numbers")
+    missing = len(order) - len(named)
+    if missing and not writing.problems:
+        writing.problems.append(f"{component}: the format numbers {len(order)} modules and {missing} have no change")
+    return named
+
+
+def _indexed_metadata(adapter: Adapter) -> dict[str, str]:
+    family = family_named(adapter.family or "")
+    metadata: dict[str, str] = {}
+    for component, deltas in adapter.deltas.items():
+        classes = dict.fromkeys(cls for cls, _ in family.traversal[component])
+        metadata[component] = json.dumps(list(classes))
+        order = [path for _, path in family.traversal[component]]
+        metadata |= {f"{component}:{i}:rank": str(deltas[path].rank) for i, path in enumerate(order)}
+    return metadata | dict.fromkeys(adapter.embeddings, "<embed>")
+
+
+def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: _Writing) -> None:
+    form = writing.form
+    where = f"{component}.{name}"
+    inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    unknown = {kind for kind in (delta.kind, inner.kind) if kind not in form.algebras}
+    if unknown:
+        writing.problems.append(f"{where}: the format has no words for {', '.join(sorted(unknown))}")
+        return
+    if isinstance(delta, DoraDelta) and delta.per_input and form.magnitude == "out":
+        writing.problems.append(f"{where}: the format keeps DoRA magnitudes per output, this one is per input")
+        return
+    try:
+        slots = _spelled_slots(delta, inner, form)
+    except ConversionError as error:
+        writing.problems.append(f"{where}: {error.what}")
+        return
+    written = flatten_name(name) if form.flat else name
+    for slot, tensor in slots.items():
+        suffix = form.slots.get(slot) or STYLES[form.style].get(slot) or COMMON.get(slot)
+        if suffix is None:
+            writing.problems.append(f"{where}: the format has no word for {slot}")
+            continue
+        writing.tensors[f"{prefix}{written}{suffix}"] = tensor
+    alpha = delta.alpha_value
+    if form.alpha == "tensor" and alpha is not None:
+        writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
+    if form.alpha == "metadata" and isinstance(inner, LoraDelta):
+        writing.alphas.setdefault(component, {})[name] = inner
+
+
+def flatten_name(name: str) -> str:
+    """Dots to underscores, as kohya's trainers do."""
+    return name.replace(".", "_")
+
+
+def _spelled_slots(delta: Delta, inner: Delta, form: Format) -> dict[str, Tensor]:
+    """The delta's tensors under the format's slots: alpha folded in and the magnitude shaped as the format has them."""
+    if isinstance(inner, LoraDelta):
+        if inner.rslora and form.alpha == "tensor":
+            # A tensor's alpha is always divided by the rank.
+            inner_alpha = inner.scaling * inner.rank
+            inner = replace(inner, alpha=inner_alpha, rslora=False)
+        if form.alpha == "folded":
+            inner = _folded(inner)
+    slots = inner.slots()
+    if isinstance(delta, DoraDelta):
+        magnitude = delta.magnitude
+        kernel = len(delta.shape or (0, 0)) - 2
+        if form.style == "peft" and "magnitude" not in form.slots:
+            slots["magnitude_out"] = magnitude.flatten() if kernel == 0 else magnitude.reshape(1, -1, *[1] * kernel)
+        else:
+            slots["magnitude"] = magnitude if magnitude.ndim > 1 else magnitude.reshape(-1, *[1] * (kernel + 1))
+    return slots
+
+
+def _folded(delta: LoraDelta) -> LoraDelta:
+    """The same ΔW with a scaling of 1; refuses to round."""
+    if delta.scaling == 1:
+        return replace(delta, alpha=None, rslora=False)
+    wanted = delta.up.double() * delta.scaling
+    up = wanted.to(delta.up.dtype)
+    if not torch.equal(up.double(), wanted):
+        raise ConversionError(
+            f"the format has no place for alpha, and a scaling of {delta.scaling:g} cannot be multiplied into "
+            f"{delta.up.dtype} without rounding"
+        )
+    return replace(delta, up=up, alpha=None, rslora=False)
+
+
+def _alpha_tensor(delta: Delta, alpha: float) -> Tensor:
+    """Alpha in the dtype of the factors if that holds it exactly, else in float32."""
+    dtype = next((t.dtype for t in delta.tensors().values() if t.is_floating_point()), torch.float32)
+    tensor = torch.tensor(alpha, dtype=dtype)
+    return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
+
+
+def _metadata(adapter: Adapter, writing: _Writing) -> dict[str, str]:
+    own = {METADATA_KEY, "format"}
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
+    if adapter.format == "indexed":
+        metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}
+        metadata = {key: value for key, value in metadata.items() if key not in adapter.deltas}
+    metadata["format"] = "pt"
+    if writing.form.alpha == "metadata":
+        configs = {c: _config(loras) for c, loras in writing.alphas.items() if any(d.alpha is not None for d in loras.values())}
+        if configs:
+            flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
+            metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
+    elif writing.form.name == "kohya":
+        metadata |= {key: value for key, value in _kohya_metadata(adapter).items() if key not in metadata}
+    return metadata
+
+
+def _kohya_metadata(adapter: Adapter) -> dict[str, str]:
+    ranks = Counter(delta.rank for _, _, delta in adapter.modules() if delta.rank is not None)
+    alphas = Counter(delta.alpha_value for _, _, delta in adapter.modules() if delta.alpha_value is not None)
+    if not ranks or not alphas:
+        return {}
+    kinds = {delta.kind for _, _, delta in adapter.modules()}
+    return {
+        "ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya",
+        "ss_network_dim": str(ranks.most_common(1)[0][0]),
+        "ss_network_alpha": f"{alphas.most_common(1)[0][0]:g}",
+    }
+
+
+def _config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:
+    """PEFT's LoraConfig fields that say these ranks and alphas."""
+    rank, _ = Counter(delta.rank for delta in loras.values()).most_common(1)[0]
+    alpha, _ = Counter(_stated_alpha(delta) for delta in loras.values()).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {f"^{name}": d.rank for name, d in loras.items() if d.rank != rank},
+        "alpha_pattern": {f"^{n}": _whole(_stated_alpha(d)) for n, d in loras.items() if _stated_alpha(d) != alpha},
+        "target_modules": sorted(loras),
+        "use_rslora": any(delta.rslora for delta in loras.values()),
+        "lora_bias": any(delta.up_bias is not None for delta in loras.values()),
+    }
+
+
+def _stated_alpha(delta: LoraDelta) -> float:
+    return delta.alpha if delta.alpha else float(delta.rank)
+
+
+def _whole(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _peft_config(writing: _Writing) -> dict[str, Any]:
+    loras = {name: delta for deltas in writing.alphas.values() for name, delta in deltas.items()}
+    if not loras:
+        return {}
+    dora = any(".lora_magnitude_vector" in key for key in writing.tensors)
+    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **_config(loras)}
