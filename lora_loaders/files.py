@@ -216,12 +216,16 @@ def _read_pickle(path: Path) -> Contents:
     from pickle import UnpicklingError
 
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise MalformedAdapterError(f"{path} cannot be read as a pickle of tensors: {error}", state=UNTOUCHED) from error
-    tensors = tensors.get("state_dict", tensors)
-    contents = _from_mapping({key: value for key, value in tensors.items() if isinstance(value, Tensor)})
-    return Contents(contents.tensors, label=str(path))
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        tensors: Mapping[str, Any] = held.get("state_dict", held)
+        tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        raise MalformedAdapterError(
+            f"{path} cannot be read as a pickle of tensors: {error}",
+            mend="Fetch it again, or let its author save it as safetensors.",
+            state=UNTOUCHED,
+        ) from error
+    return Contents(tensors, label=str(path))
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
