@@ -8,12 +8,15 @@ TRANSFORMER = Names(
     same="""
 img_in ; txt_in ; txt_norm ; norm_out.linear ; proj_out
 time_text_embed.timestep_embedder.linear_1 ; time_text_embed.timestep_embedder.linear_2
+time_text_embed.addition_t_embedding
 [transformer_blocks.{i}]
   img_mod.1 ; txt_mod.1
   attn.to_q ; attn.to_k ; attn.to_v ; attn.add_q_proj ; attn.add_k_proj ; attn.add_v_proj
   attn.to_out.0 ; attn.to_add_out ; attn.norm_q ; attn.norm_k ; attn.norm_added_q ; attn.norm_added_k
   img_mlp.net.0.proj ; img_mlp.net.2 ; txt_mlp.net.0.proj ; txt_mlp.net.2
 """,
+    # The layered model alone is told whether a layer has an alpha channel.
+    absent=("time_text_embed.addition_t_embedding",),
 )
 
 QWEN_IMAGE = Family(

@@ -11,10 +11,10 @@
     adaln_single.** -> time_embed.**                       the rest of the path stays
     llm_adapter.** -> @text_conditioner.**                 another component
     proj_out                                               the same name on both sides
-    [double_blocks.{i} -> transformer_blocks.{i} ; …]      prefixes of the indented rows below
+    [double_blocks.{i} -> transformer_blocks.{i} ; …]      prefixes of the indented rows below, on one line or several
 
-Rules are whole-path templates, matched in no order. A name is looked up *flattened*: dots become underscores, and numbers
-become holes, so dotted, half-flattened and flattened spellings of one name are one entry, found in one step.
+Rules are whole-path templates, matched in no order. A name is looked up *flattened*: dots become underscores, and
+numbers become holes, so dotted, half-flattened and flattened spellings of one name are one entry, found in one step.
 """
 
 import re
@@ -70,13 +70,17 @@ def parse_rows(table: str, dialect: Dialect | None = "original") -> Iterator[Rul
         ValueError: a line that is not of the language; tables are source code, so this is a defect of ours.
     """
     prefixes = [("", "")]
+    below_prefixes = False
     for line in table.splitlines():
         text = line.split("#")[0].rstrip()
         if not text.strip():
             continue
         if text.startswith("["):
-            prefixes = [_prefix(part) for part in text.strip("[] ").split(";")]
+            more = [_prefix(part) for part in text.strip("[] ").split(";")]
+            prefixes = [*prefixes, *more] if below_prefixes else more
+            below_prefixes = True
             continue
+        below_prefixes = False
         if not text.startswith(" "):
             prefixes = [("", "")]
         for row in text.split(";"):
@@ -224,7 +228,7 @@ class Names:
             values = dict(zip(HOLE.findall(rule.source), found.groups(), strict=True))
             head = _fill(rule.targets[0].removesuffix("**"), values)
             tail = flat[found.end() :]
-            known = next(self._lookup(self._paths, flatten(head) + "_" + tail), None)
+            known = next(self._lookup(self._paths, flatten(f"{head}.{tail}")), None)
             if known is not None:
                 return Resolved(rule, known.paths, known.block)
             if rule.component is not None or "." in name:

@@ -25,7 +25,8 @@ conv_in ; conv_norm_out ; conv_out ; time_embedding.linear_1 ; time_embedding.li
 add_embedding.linear_1 ; add_embedding.linear_2
 [down_blocks.{{i}}.attentions.{{j}} ; up_blocks.{{i}}.attentions.{{j}} ; mid_block.attentions.{{j}}]
 {TRANSFORMER}
-[down_blocks.{{i}}.attentions.{{j}}.transformer_blocks.{{k}} ; up_blocks.{{i}}.attentions.{{j}}.transformer_blocks.{{k}} ; mid_block.attentions.{{j}}.transformer_blocks.{{k}}]
+[down_blocks.{{i}}.attentions.{{j}}.transformer_blocks.{{k}} ; mid_block.attentions.{{j}}.transformer_blocks.{{k}}]
+[up_blocks.{{i}}.attentions.{{j}}.transformer_blocks.{{k}}]
 {BLOCK}
 [down_blocks.{{i}}.resnets.{{j}} ; up_blocks.{{i}}.resnets.{{j}} ; mid_block.resnets.{{j}}]
   norm1 ; conv1 ; time_emb_proj ; norm2 ; conv2 ; conv_shortcut
@@ -70,8 +71,12 @@ def original_rows(down_attention: Sequence[bool], layers: int = 2) -> Iterator[R
     yield from parse_rows("\n".join([*table, f"[{' ; '.join(resnets)}]", RESNET]))
 
 
-SD_UNET = Names(same=DIFFUSERS, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}",))
-SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows((False, True, True)))
+# The middle block keeps its width, so its resnets need no shortcut.
+MIDDLE = "mid_block.resnets.{j}.conv_shortcut"
+SD_UNET = Names(
+    same=DIFFUSERS, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}", MIDDLE)
+)
+SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows((False, True, True)), absent=(MIDDLE,))
 
 
 def _traversal() -> Iterator[tuple[str, str]]:
@@ -115,6 +120,7 @@ SD2 = Family(
     components={"unet": SD_UNET, "text_encoder": CLIP},
     model_classes=("UNet2DConditionModel",),
     shapes=(*_cross_attention(1024), Shape("text_encoder", "text_model.encoder.layers.{i}.mlp.fc1", (4096, 1024))),
+    config_facts={"cross_attention_dim": 1024},
     encoders={"text_encoder": "clip_h"},
     trainer_names="diffusers",
 )
@@ -123,5 +129,6 @@ SDXL = Family(
     components={"unet": SDXL_UNET, "text_encoder": CLIP, "text_encoder_2": CLIP},
     model_classes=("UNet2DConditionModel",),
     shapes=(*_cross_attention(2048), Shape("text_encoder_2", "text_model.encoder.layers.{i}.mlp.fc1", (5120, 1280))),
+    config_facts={"addition_embed_type": "text_time"},
     encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 )

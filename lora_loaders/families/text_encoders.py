@@ -7,7 +7,7 @@ CLIP = Names(
     # 2023's diffusers called the attention's projections as in the UNet.
     """
 [text_model.encoder.layers.{i}.self_attn]
-  to_q -> q_proj ; to_k -> k_proj ; to_v -> v_proj ; to_out -> out_proj
+  to_q -> q_proj (r) ; to_k -> k_proj (r) ; to_v -> v_proj (r) ; to_out -> out_proj (r)
 """,
     same="""
 text_model.embeddings.token_embedding ; text_model.embeddings.position_embedding ; text_model.final_layer_norm
@@ -30,8 +30,8 @@ shared ; encoder.embed_tokens ; encoder.final_layer_norm
 """,
 )
 
-# One table for every decoder-only encoder: Llama, Qwen, Gemma, Mistral, GLM, SmolLM3. The causal model has `model.layers`,
-# the bare one `layers`, one that sees pictures `model.language_model.layers`; the norms are the union of them all.
+# One table for every decoder-only encoder: Llama, Qwen, Gemma, Mistral, GLM, SmolLM3. The causal model has
+# `model.layers`, the bare one `layers`; the norms are the union of them all.
 DECODER_LAYER = """
   self_attn.q_proj ; self_attn.k_proj ; self_attn.v_proj ; self_attn.o_proj ; self_attn.q_norm ; self_attn.k_norm
   mlp.gate_proj ; mlp.up_proj ; mlp.gate_up_proj ; mlp.down_proj ; input_layernorm ; post_attention_layernorm
@@ -51,7 +51,7 @@ lm_head ; model.language_model.embed_tokens ; model.language_model.norm
 {DECODER_LAYER}
 """
 
-# `model.language_model.layers…` in transformers 5, `model.layers…` before, `layers…` in trainers and in the bare models.
+# `model.language_model.layers…` in transformers 5, `model.layers…` before, `layers…` in trainers and bare models.
 VISION_LANGUAGE_PREFIXES = ("model.", "language_model.")
 
 QWEN2_5_VL = Names(

@@ -1,0 +1,149 @@
+"""HunyuanVideo, FramePack, HunyuanVideo 1.5 and HunyuanImage 2.1; the second spelling of a row is ComfyUI's."""
+
+from .family import Family, Shape
+from .rules import Names
+from .text_encoders import CLIP, LLAVA, QWEN2_5_VL, T5
+
+# The token refiner's modulation, unlike the last one, keeps the order of its halves.
+ROWS = """
+img_in.proj -> x_embedder.proj
+final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.linear ~
+txt_in.input_embedder -> context_embedder.proj_in
+[txt_in -> context_embedder.time_text_embed]
+  t_embedder.mlp.0, t_embedder.in_layer -> timestep_embedder.linear_1
+  t_embedder.mlp.2, t_embedder.out_layer -> timestep_embedder.linear_2
+  c_embedder.linear_1, c_embedder.in_layer -> text_embedder.linear_1
+  c_embedder.linear_2, c_embedder.out_layer -> text_embedder.linear_2
+[txt_in.individual_token_refiner.blocks.{i} -> context_embedder.token_refiner.refiner_blocks.{i}]
+  self_attn_qkv -> attn.to_q | attn.to_k | attn.to_v ; self_attn_proj -> attn.to_out.0
+  mlp.fc1, mlp.0 -> ff.net.0.proj ; mlp.fc2, mlp.2 -> ff.net.2 ; adaLN_modulation.1 -> norm_out.linear
+  norm1 -> norm1 ; norm2 -> norm2
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_proj -> attn.to_out.0 ; txt_attn_proj -> attn.to_add_out
+  img_mod.linear, img_mod.lin -> norm1.linear ; txt_mod.linear, txt_mod.lin -> norm1_context.linear
+  img_mlp.fc1, img_mlp.0 -> ff.net.0.proj ; img_mlp.fc2, img_mlp.2 -> ff.net.2
+  txt_mlp.fc1, txt_mlp.0 -> ff_context.net.0.proj ; txt_mlp.fc2, txt_mlp.2 -> ff_context.net.2
+  img_attn_q_norm, img_attn.norm.query_norm -> attn.norm_q ; img_attn_k_norm, img_attn.norm.key_norm -> attn.norm_k
+  txt_attn_q_norm, txt_attn.norm.query_norm -> attn.norm_added_q
+  txt_attn_k_norm, txt_attn.norm.key_norm -> attn.norm_added_k
+"""
+VIDEO = """
+time_in.mlp.0, time_in.in_layer -> time_text_embed.timestep_embedder.linear_1
+time_in.mlp.2, time_in.out_layer -> time_text_embed.timestep_embedder.linear_2
+guidance_in.mlp.0, guidance_in.in_layer -> time_text_embed.guidance_embedder.linear_1
+guidance_in.mlp.2, guidance_in.out_layer -> time_text_embed.guidance_embedder.linear_2
+vector_in.in_layer -> time_text_embed.text_embedder.linear_1
+vector_in.out_layer -> time_text_embed.text_embedder.linear_2
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v
+  txt_attn_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 ; linear2 -> proj_out
+  modulation.linear, modulation.lin -> norm.linear
+  q_norm, norm.query_norm -> attn.norm_q ; k_norm, norm.key_norm -> attn.norm_k
+"""
+# 1.5 and HunyuanImage were published with split attention; ComfyUI fuses it.
+VIDEO15 = """
+time_in.mlp.0, time_in.in_layer -> time_embed.timestep_embedder.linear_1
+time_in.mlp.2, time_in.out_layer -> time_embed.timestep_embedder.linear_2
+time_r_in.mlp.0, time_r_in.in_layer -> time_embed.timestep_embedder_r.linear_1
+time_r_in.mlp.2, time_r_in.out_layer -> time_embed.timestep_embedder_r.linear_2
+cond_type_embedding -> cond_type_embed
+[vision_in.proj -> image_embedder]
+  0 -> norm_in ; 1 -> linear_1 ; 3 -> linear_2 ; 4 -> norm_out
+[byt5_in -> context_embedder_2]
+  layernorm -> norm ; fc1 -> linear_1 ; fc2 -> linear_2 ; fc3 -> linear_3
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_q -> attn.to_q ; img_attn_k -> attn.to_k ; img_attn_v -> attn.to_v
+  txt_attn_q -> attn.add_q_proj ; txt_attn_k -> attn.add_k_proj ; txt_attn_v -> attn.add_v_proj
+  img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)
+  txt_attn_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj (r)
+"""
+IMAGE = """
+time_in.mlp.0, time_in.in_layer -> time_guidance_embed.timestep_embedder.linear_1
+time_in.mlp.2, time_in.out_layer -> time_guidance_embed.timestep_embedder.linear_2
+guidance_in.mlp.0, guidance_in.in_layer -> time_guidance_embed.guidance_embedder.linear_1
+guidance_in.mlp.2, guidance_in.out_layer -> time_guidance_embed.guidance_embedder.linear_2
+time_r_in.mlp.0, time_r_in.in_layer -> time_guidance_embed.timestep_embedder_r.linear_1
+time_r_in.mlp.2, time_r_in.out_layer -> time_guidance_embed.timestep_embedder_r.linear_2
+[byt5_in -> context_embedder_2]
+  layernorm -> norm ; fc1 -> linear_1 ; fc2 -> linear_2 ; fc3 -> linear_3
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_q -> attn.to_q ; img_attn_k -> attn.to_k ; img_attn_v -> attn.to_v
+  txt_attn_q -> attn.add_q_proj ; txt_attn_k -> attn.add_k_proj ; txt_attn_v -> attn.add_v_proj
+  img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)
+  txt_attn_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj (r)
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  linear1_q -> attn.to_q ; linear1_k -> attn.to_k ; linear1_v -> attn.to_v ; linear1_mlp -> proj_mlp
+  linear2.fc, linear2 -> proj_out ; linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 (r)
+  modulation.linear, modulation.lin -> norm.linear
+  q_norm, norm.query_norm -> attn.norm_q ; k_norm, norm.key_norm -> attn.norm_k
+"""
+
+TRANSFORMER = Names(
+    ROWS + VIDEO,
+    same="""
+clean_x_embedder.proj ; clean_x_embedder.proj_2x ; clean_x_embedder.proj_4x ; image_projection.up
+image_projection.down
+""",
+    absent=(
+        "time_text_embed.guidance_embedder.**",
+        "clean_x_embedder.**",
+        "image_projection.**",
+    ),
+)
+
+TRANSFORMER15 = Names(
+    ROWS + VIDEO15,
+    absent=("time_embed.timestep_embedder_r.**",),
+)
+
+IMAGE_TRANSFORMER = Names(
+    ROWS + IMAGE,
+    absent=(
+        "context_embedder_2.**",
+        "time_guidance_embed.timestep_embedder_r.**",
+        "time_guidance_embed.guidance_embedder.**",
+    ),
+)
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan-video",
+    components={"transformer": TRANSFORMER, "text_encoder": LLAVA, "text_encoder_2": CLIP},
+    model_classes=(
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+    ),
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (9216, 3072)),
+        Shape("transformer", "context_embedder.proj_in", (3072, 4096)),
+    ),
+    encoders={"text_encoder": "llama", "text_encoder_2": "clip_l"},
+)
+
+HUNYUAN_VIDEO15 = Family(
+    name="hunyuan-video-1.5",
+    components={"transformer": TRANSFORMER15, "text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
+    model_classes=("HunyuanVideo15Transformer3DModel",),
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (2048, 2048)),
+        Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (8192, 2048)),
+        Shape("transformer", "transformer_blocks.{i}.norm1.linear", (12288, 2048)),
+        Shape("transformer", "context_embedder.proj_in", (2048, 3584)),
+    ),
+    encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
+)
+
+HUNYUAN_IMAGE = Family(
+    name="hunyuan-image",
+    components={"transformer": IMAGE_TRANSFORMER, "text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
+    model_classes=("HunyuanImageTransformer2DModel",),
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3584, 3584)),
+        Shape("transformer", "transformer_blocks.{i}.norm1.linear", (21504, 3584)),
+        Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (10752, 3584)),
+        Shape("transformer", "context_embedder.proj_in", (3584, 3584)),
+    ),
+    encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
+)
