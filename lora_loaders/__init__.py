@@ -1,0 +1,69 @@
+"""lora_loaders: LoRA-type adapters for diffusers, loaded whole or not at all, fused and unfused to the bit."""
+
+
+
+from .adapter import Adapter
+from .attaching import AttachPlan
+from .conversion import read_adapter
+from .deltas import Delta
+from .errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStateError,
+    ConversionError,
+    LoraLoadersError,
+    MalformedAdapterError,
+    UnknownFamilyError,
+    UnknownFormatError,
+    UnsafeFileError,
+    UnsupportedBaseError,
+)
+from .families import FAMILIES, Family
+from .formats import FORMATS
+from .integrations.instances import attach, detach
+from .loading import LoadReport
+from .mixins.families import (
+    FluxLoraLoaderMixin,
+    QwenImageLoraLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+)
+from .mixins.model import LoraModelMixin
+from .mixins.pipeline import LoraPipelineMixin
+from .planning import plan
+from .tuning.config import LoraConfig
+from .writing import convert, write_adapter
+
+__version__ = "0.1.0"
+__all__ = [
+    "FAMILIES",
+    "FORMATS",
+    "Adapter",
+    "AdapterFileError",
+    "AdapterMismatchError",
+    "AdapterStateError",
+    "AttachPlan",
+    "ConversionError",
+    "Delta",
+    "Family",
+    "FluxLoraLoaderMixin",
+    "LoadReport",
+    "LoraConfig",
+    "LoraLoadersError",
+    "LoraModelMixin",
+    "LoraPipelineMixin",
+    "MalformedAdapterError",
+    "QwenImageLoraLoaderMixin",
+    "StableDiffusionLoraLoaderMixin",
+    "StableDiffusionXLLoraLoaderMixin",
+    "UnknownFamilyError",
+    "UnknownFormatError",
+    "UnsafeFileError",
+    "UnsupportedBaseError",
+    "attach",
+    "convert",
+    "detach",
+    "plan",
+    "read_adapter",
+    "write_adapter",
+]

@@ -76,7 +76,7 @@ class Adapter:
 
         Tensors that are views of one buffer (a file read whole) move with one copy of that buffer.
         """
-        move = _Mover(device)
+        move = BufferMover(device)
 
         def change(tensor: Tensor) -> Tensor:
             moved = move(tensor)
@@ -89,7 +89,7 @@ class Adapter:
         return ", ".join(filter(None, (self.format, self.family)))
 
 
-class _Mover:
+class BufferMover:
     """Moves tensors to a device, each underlying buffer once."""
 
     def __init__(self, device: torch.device | str | None) -> None:

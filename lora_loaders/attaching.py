@@ -4,7 +4,6 @@
 modules that stood there before.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, BufferMover
 from .deltas import Delta, LoraDelta
 from .errors import AdapterMismatchError, AdapterStateError
 from .families.rules import flatten
@@ -294,7 +293,7 @@ def _bind(
             if rows == expected
             else (None, f"the adapter's bias has {rows} values, the module {expected} outputs")
         )
-    if math.prod(shape[1:]) == math.prod(own[1:]) and shape[0] == own[0]:
+    if delta.fits(own):
         return Binding(component, path, module, kind, fit(delta, own)), None
     if widenable and len(shape) == len(own) == 2 and shape[0] == own[0]:
         if shape[1] < own[1] and isinstance(delta, LoraDelta):
@@ -376,7 +375,7 @@ def apply(
     check_name(name)
     undo = _Undo()
     try:
-        touched = {component: _shared(plan.models[component]) for component in plan.components}
+        touched = {component: shared_of(plan.models[component]) or Shared() for component in plan.components}
         layers = [_ensure_layer(b, plan.models[b.component], touched[b.component], undo) for b in plan.bindings]
         deltas = _settled(list(zip(plan.bindings, layers, strict=True)))
         for layer, delta in zip(layers, deltas, strict=True):
@@ -405,9 +404,10 @@ def _take_back(undo: _Undo, name: str) -> None:
     refresh(layer for layer, _ in undo.states if layer.templates)
 
 
-def _shared(model: nn.Module) -> Shared:
+def shared_of(model: nn.Module) -> Shared | None:
+    """The common state of a model's adapter layers, None if it has none."""
     layer = next(_walk(model, ""), None)
-    return Shared() if layer is None else layer[1].shared
+    return None if layer is None else layer[1].shared
 
 
 def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Undo) -> AdapterLayer:
@@ -458,12 +458,13 @@ def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
             wanted.setdefault(place, []).append(tensor)
     settled: dict[tuple[torch.device, torch.dtype], Iterator[Tensor]] = {}
     for (device, dtype), tensors in wanted.items():
+        move = BufferMover(device)
         starts = [0]
         for tensor in tensors:
             starts.append(starts[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
         buffer = torch.empty(starts[-1], dtype=dtype, device=device)
         targets = [buffer[s : s + t.numel()].view(t.shape) for s, t in zip(starts, tensors, strict=False)]
-        torch._foreach_copy_(targets, tensors)
+        torch._foreach_copy_(targets, [move(tensor) for tensor in tensors])
         settled[device, dtype] = iter(targets)
 
     def settle(layer: AdapterLayer, tensor: Tensor) -> Tensor:
@@ -485,7 +486,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
     for path, layer in adapter_layers(model):
         for name in [name for name in layer.templates if wanted is None or name in wanted]:
             layer.remove(name)
-        if layer.templates or layer.fused is not None or layer.reserved:
+        if layer.templates or layer.fused is not None or layer.shared.reserved:
             kept.append(layer)
         else:
             parent_path, _, child = path.rpartition(".")

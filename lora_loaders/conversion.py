@@ -290,7 +290,7 @@ def _place(delta: Delta, resolved: Resolved, component: str, layout: Layout | No
         return {paths[0]: delta}
     rows = delta.out_features
     live = [layout.rows(component, path) for path in paths] if layout else []
-    if live and all(size is not None for size in live) and sum(size or 0 for size in live) == rows:
+    if live and all(size is not None for size in live) and rows in (-1, sum(size or 0 for size in live)):
         sizes = [size or 0 for size in live]
     else:
         unit, rest = divmod(rows, sum(rule.shares))

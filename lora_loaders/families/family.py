@@ -1,16 +1,20 @@
 """What one model family is: names for each component, and the few facts that tell it from its neighbours."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from .rules import NUMBER, Names, flatten
+from .rules import HOLE, NUMBER, Names, flatten
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight `[out, in]` of the published model, by which files with equal names are told apart; None: any size."""
+    """A weight `[out, in]` of a published model, by which files with equal names are told apart; None: any size.
+
+    A family published in several sizes has a row for each.
+    """
 
     component: str
     path: str
@@ -27,6 +31,7 @@ class Family:
         model_classes: diffusers classes of the denoiser.
         shapes: weights that tell published models of this family from others.
         widens: module paths whose input a file may widen (Control files).
+        config_facts: configuration values of the denoiser that tell this family from others of the same class.
         encoders: text encoder -> ComfyUI's name of it.
         encoder_numbers: text encoder -> kohya's number of it, where that is not its number in the pipeline.
         trainer_names: whose names kohya's trainers flatten for this family.
@@ -39,6 +44,7 @@ class Family:
     model_classes: tuple[str, ...]
     shapes: tuple[Shape, ...] = ()
     widens: tuple[str, ...] = ()
+    config_facts: Mapping[str, object] = field(default_factory=dict[str, object])
     encoders: Mapping[str, str] = field(default_factory=dict[str, str])
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
     trainer_names: Literal["original", "diffusers"] = "original"
@@ -79,11 +85,30 @@ class Family:
         return tuple(dict.fromkeys([*likely, *encoders]))
 
     def expected_shape(self, component: str, path: str) -> tuple[int | None, int | None] | None:
-        """The published model's `[out, in]` at this path, if it is among the telling ones."""
-        return _shape_index(self.shapes).get((component, NUMBER.sub("#", flatten(path))))
+        """The published models' `[out, in]` at this path, if it is among the telling ones and there is but one."""
+        known = self._known_shapes(component, path)
+        return known[0] if len(known) == 1 else None
+
+    def fits(self, component: str, path: str, out_features: int, in_features: int) -> bool:
+        """Whether a published model has such a weight here; True where nothing is known of this path."""
+        known = self._known_shapes(component, path)
+        return not known or any(out in (None, out_features) and into in (None, in_features) for out, into in known)
+
+    def _known_shapes(self, component: str, path: str) -> list[tuple[int | None, int | None]]:
+        flat = flatten(path)
+        rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
+        return [sizes for pattern, sizes in rows if pattern.fullmatch(flat)]
+
+
+_ShapeRow = tuple[re.Pattern[str], tuple[int | None, int | None]]
 
 
 @lru_cache
-def _shape_index(shapes: tuple[Shape, ...]) -> dict[tuple[str, str], tuple[int | None, int | None]]:
-    holes = (shape.path.replace("{i}", "0").replace("{j}", "0").replace("{k}", "0") for shape in shapes)
-    return {(s.component, NUMBER.sub("#", flatten(path))): s.sizes for s, path in zip(shapes, holes, strict=True)}
+def _shape_index(shapes: tuple[Shape, ...]) -> dict[tuple[str, str], list[_ShapeRow]]:
+    index: dict[tuple[str, str], list[_ShapeRow]] = {}
+    for shape in shapes:
+        flat = flatten(shape.path)
+        pattern = re.compile(HOLE.sub(r"\\d+", flat))
+        key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
+        index.setdefault(key, []).append((pattern, shape.sizes))
+    return index

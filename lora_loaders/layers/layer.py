@@ -1,7 +1,7 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so hooks and quantised forwards go on working."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,12 @@ class Shared:
     enabled: bool = True
     scale: float = 1.0
     """Factor of the forward at hand (`attention_kwargs={"scale": …}`)."""
+    reserved: int = 0
+    """Rank that every slot has room for, so that hot-swapping finds the same storage."""
+    frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
+    """Base parameters whose gradients were switched off for training an adapter."""
+    hooks: list[Any] = field(default_factory=list[Any])
+    """Handles of the hooks that read the scale of a forward."""
 
 
 class AdapterLayer(nn.Module):
@@ -72,7 +78,6 @@ class AdapterLayer(nn.Module):
         self.weights: dict[str, float] = {}
         self.dropouts: dict[str, float] = {}
         self.active: tuple[str, ...] = ()
-        self.reserved = 0
         self.fused: Any = None
         self.narrow_base: nn.Module | None = None
         self.training = base_layer.training
@@ -121,6 +126,17 @@ class AdapterLayer(nn.Module):
             parameter = entry._parameters[leaf] if leaf else entry
             tensors[field] = parameter.t() if self._is_transposed(template, field) else parameter
         return template.with_tensors(tensors)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        for field_name in self.templates[old].tensors():
+            container, _ = self._place(self.templates[old], field_name)
+            entries: Any = self._modules[container]
+            if old in entries:
+                entries[new] = entries.pop(old)
+        for table in (self.templates, self.weights, self.dropouts):
+            table[new] = table.pop(old)  # type: ignore[assignment]
+        self.active = tuple(new if name == old else name for name in self.active)
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter."""

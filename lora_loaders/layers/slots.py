@@ -37,7 +37,7 @@ def refresh(layers: Iterable[AdapterLayer]) -> None:
 def _stack(layer: AdapterLayer, downs: list[_Copy], ups: list[_Copy], empty: list[Tensor]) -> None:
     layer.note_trained()
     contributing = [(layer.delta(name), weight) for name, weight in layer.contributing]
-    if not contributing and not layer.reserved:
+    if not contributing and not layer.shared.reserved:
         for slot in layer.SLOTS:
             layer._buffers[slot] = None
         return
@@ -72,7 +72,7 @@ def _write_pairs(
     empty: list[Tensor],
 ) -> None:
     rank = sum(factors.down.shape[0] for factors, _ in stacked)
-    if rank == 0 and not layer.reserved:
+    if rank == 0 and not layer.shared.reserved:
         layer._buffers["slot_down"] = layer._buffers["slot_up"] = None
         return
     if stacked:
@@ -96,7 +96,7 @@ def _ensure_capacity(layer: AdapterLayer, rank: int, like: Factors) -> None:
     present = layer.slot_down
     if present is not None and present.shape[0] >= rank and present.dtype == dtype and present.device == device:
         return
-    capacity = max(-(-rank // STEP) * STEP, layer.reserved)
+    capacity = max(-(-rank // STEP) * STEP, layer.shared.reserved)
     # Zeroed once: rows beyond the rank stay zero until something is written there.
     layer._buffers["slot_down"] = torch.zeros(capacity, *like.down.shape[1:], dtype=dtype, device=device)
     layer._buffers["slot_up"] = torch.zeros(like.up.shape[0], capacity, dtype=dtype, device=device)

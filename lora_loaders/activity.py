@@ -1,0 +1,156 @@
+"""Which adapters of a model are active, with which weight: switching rewrites the slots' data and no module."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attaching import adapter_layers, detach_adapters, shared_of
+from .errors import AdapterStateError
+from .fusing import fused_adapters, unfuse
+from .integrations.scale import unwatch_scale
+from .layers.slots import refresh
+from .loading import adapter_names
+from .weights import by_path, one_each
+
+
+def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> None:
+    """Make these adapters the active ones, with these weights, and enable them; see `weights.by_path`.
+
+    Names that the model has not are skipped: an adapter need not change every component.
+
+    Raises:
+        AdapterStateError: a list of weights of another length, or a weight that names no module.
+    """
+    layers = adapter_layers(model)
+    factors: dict[str, dict[str, float]] = {}
+    for name, weight in zip(names, one_each(names, weights), strict=True):
+        paths = [path for path, layer in layers if name in layer.templates]
+        if paths:
+            factors[name] = by_path(weight, paths)
+    for path, layer in layers:
+        layer.active = tuple(names)
+        layer.weights |= {name: table[path] for name, table in factors.items() if path in table}
+        layer.shared.enabled = True
+    refresh(layer for _, layer in layers)
+
+
+def active_names(model: nn.Module) -> list[str]:
+    """Adapters that are active on the model, in the order they were set."""
+    present = adapter_names(model)
+    return [name for name in dict.fromkeys(n for _, layer in adapter_layers(model) for n in layer.active) if name in present]
+
+
+def enable(model: nn.Module, enabled: bool) -> None:
+    """Switch the adapters' contribution on or off; what is fused stays in the weights."""
+    shared = shared_of(model)
+    if shared is None:
+        return
+    shared.enabled = enabled
+    refresh(layer for _, layer in adapter_layers(model))
+
+
+def require(names: Iterable[str], present: Iterable[str]) -> None:
+    """Raise unless every name is there.
+
+    Raises:
+        AdapterStateError: with what is there.
+    """
+    known = set(present)
+    missing = set(names) - known
+    if missing:
+        raise AdapterStateError(
+            f"Adapter name(s) {missing} not in the list of present adapters: {known or set()}.",
+            mend="get_list_adapters() lists them.",
+            state="Nothing was changed.",
+        )
+
+
+def delete(model: nn.Module, names: Sequence[str]) -> None:
+    """Take adapters out for good; those that are fused are unfused first, and a layer without any goes."""
+    fused = [name for name in names if name in fused_adapters(model)]
+    if fused:
+        unfuse(model, fused)
+    remaining = [name for name in adapter_names(model) if name not in names]
+    if not remaining:
+        _restore_model(model)
+    detach_adapters(model, names)
+    configs = model.__dict__.get("peft_config", {})
+    for name in names:
+        configs.pop(name, None)
+    if not remaining:
+        model.__dict__.pop("peft_config", None)
+        model.__dict__.pop("_hf_peft_config_loaded", None)
+
+
+def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
+    """Take all adapters out.
+
+    Args:
+        model: the model.
+        keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in for
+            good (the record for unfusing goes).
+
+    Raises:
+        AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
+    """
+    fused = fused_adapters(model)
+    if fused and keep_fused is None:
+        raise AdapterStateError(
+            f"{', '.join(sorted(fused))} is fused into the weights of {type(model).__name__}",
+            mend="Call unfuse_lora() first to get the plain weights back, or pass keep_fused=True to leave it in them.",
+            state="Nothing was changed.",
+        )
+    if keep_fused:
+        for _, layer in adapter_layers(model):
+            layer.fused = None
+    delete(model, adapter_names(model))
+
+
+def _restore_model(model: nn.Module) -> None:
+    """Give back the gradients and hooks that adapters changed."""
+    shared = shared_of(model)
+    if shared is None:
+        return
+    unwatch_scale(model)
+    shared.reserved = 0
+    for parameter in shared.frozen:
+        parameter.requires_grad_(True)
+
+
+def move(model: nn.Module, names: Sequence[str], device: torch.device | str | int) -> None:
+    """Put these adapters' parameters on a device; the forward fetches them if the base is elsewhere."""
+    target = torch.device(device)
+    for _, layer in adapter_layers(model):
+        for name in names:
+            if name in layer.templates:
+                for parameter in layer.parameters_of(name):
+                    parameter.data = parameter.data.to(target)
+    refresh(layer for _, layer in adapter_layers(model))
+
+
+def reserve(model: nn.Module, rank: int) -> None:
+    """Give every slot room for this rank, so that later adapters are written into the same storage."""
+    shared = shared_of(model)
+    if shared is None:
+        raise AdapterStateError(
+            "no adapter is loaded, so there is no slot to reserve room in",
+            mend="Load the first adapter, then call enable_lora_hotswap.",
+            state="Nothing was changed.",
+        )
+    shared.reserved = rank
+    refresh(layer for _, layer in adapter_layers(model))
+
+
+def snapshot(model: nn.Module) -> list[tuple[tuple[str, ...], dict[str, float], bool]]:
+    """Activity and weights of every adapter layer, for `restore`."""
+    return [(layer.active, dict(layer.weights), layer.shared.enabled) for _, layer in adapter_layers(model)]
+
+
+def restore(model: nn.Module, state: Sequence[tuple[tuple[str, ...], dict[str, float], bool]]) -> None:
+    """Take activity and weights back to a snapshot."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer, (active, weights, enabled) in zip(layers, state, strict=True):
+        layer.active, layer.weights, layer.shared.enabled = active, dict(weights), enabled
+    refresh(layers)

@@ -1,0 +1,1 @@
+"""Integrations: the seams to diffusers, and nothing else of the package knows them."""

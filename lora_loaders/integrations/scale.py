@@ -1,0 +1,51 @@
+"""`attention_kwargs={"scale": s}` and its spellings: read where a model's forward begins, with and without peft.
+
+diffusers' own decorator hands the scale to PEFT's layers only, and warns where peft is absent. A forward hook takes the
+scale out before that decorator sees it, so both cases behave alike; 0.0 means 0.0 and nothing stays scaled after an error.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from ..attaching import shared_of
+
+SPELLINGS = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
+
+
+def watch_scale(model: nn.Module) -> None:
+    """Let this model's forward take the scale; does nothing if it does already."""
+    shared = shared_of(model)
+    if shared is None or shared.hooks:
+        return
+    shared.hooks += [
+        model.register_forward_pre_hook(_take_scale, with_kwargs=True),
+        model.register_forward_hook(_drop_scale, always_call=True),
+    ]
+
+
+def unwatch_scale(model: nn.Module) -> None:
+    """Take the hooks away again."""
+    shared = shared_of(model)
+    for hook in shared.hooks if shared else ():
+        hook.remove()
+    if shared:
+        shared.hooks.clear()
+
+
+def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    for spelling in SPELLINGS:
+        given = kwargs.get(spelling)
+        if given is not None and "scale" in given:
+            shared = shared_of(model)
+            rest = {key: value for key, value in given.items() if key != "scale"}
+            if shared is not None:
+                shared.scale = float(given["scale"])
+            return args, {**kwargs, spelling: rest}
+    return None
+
+
+def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
+    shared = shared_of(model)
+    if shared is not None:
+        shared.scale = 1.0

@@ -1,0 +1,223 @@
+"""One load, from a source to attached layers: read, plan all components, check, apply, report."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter
+from .attaching import AttachPlan, ModelLayout, adapter_layers, apply, detach_adapters, plan_adapter
+from .conversion import family_named, parse, rank_families, with_live_names
+from .errors import AdapterMismatchError, AdapterStateError
+from .families import FAMILIES, Family
+from .files import Contents
+from .fusing import fused_adapters
+from .integrations.scale import watch_scale
+from .tuning.config import LoraConfig, config_of
+
+logger = logging.getLogger(__name__)
+INCOMING = "incoming"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        adapter_name: the adapter's name.
+        family: family of the file.
+        format: its spelling.
+        components: component -> number of modules that got a change.
+        unmatched: `component.path` or name in the file -> why it has no place.
+        ignored: key in the file -> why it was left out.
+        embeddings: learned tokens that the file brings; load them with `load_textual_inversion`.
+    """
+
+    adapter_name: str
+    family: str | None
+    format: str | None
+    components: Mapping[str, int]
+    unmatched: Mapping[str, str] = field(default_factory=dict[str, str])
+    ignored: Mapping[str, str] = field(default_factory=dict[str, str])
+    embeddings: tuple[str, ...] = ()
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family whose denoiser this model is, told by its class and, for the UNets, by its configuration."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    candidates = [family for family in FAMILIES if names & set(family.model_classes)]
+    config: Mapping[str, Any] = getattr(model, "config", None) or {}
+
+    def agreement(family: Family) -> int:
+        facts = family.config_facts
+        return sum(1 if config.get(key) == value else -1 for key, value in facts.items())
+
+    return max(candidates, key=agreement, default=None)
+
+
+def layout_of(models: Mapping[str, nn.Module], family: Family | None) -> ModelLayout:
+    """The live models' names and sizes, with the path variants that the family knows of."""
+    names = family.components if family else {}
+    return ModelLayout(models, {component: table.optional_prefixes for component, table in names.items()})
+
+
+def plan_contents(
+    models: Mapping[str, nn.Module], contents: Contents | Adapter, family: Family | None, *, may_widen: bool = False
+) -> AttachPlan:
+    """Plan what a file, or an adapter, would change in these models; touches nothing."""
+    layout = layout_of(models, family)
+    if isinstance(contents, Adapter):
+        adapter = with_live_names(contents, layout)
+    else:
+        adapter = parse(contents, family, layout)
+    return plan_adapter(
+        models,
+        adapter,
+        layout=layout,
+        widens=family.widens if family else (),
+        may_widen=may_widen,
+        is_optional={c: table.is_optional for c, table in family.components.items()} if family else None,
+    )
+
+
+def load(
+    models: Mapping[str, nn.Module],
+    contents: Contents | Adapter,
+    *,
+    name: str | None = None,
+    family: Family | None = None,
+    strict: bool = False,
+    hotswap: bool = False,
+    may_widen: bool = False,
+) -> LoadReport:
+    """Attach a file's adapter to all the models it changes, or to none.
+
+    Args:
+        models: component -> model.
+        contents: what was read.
+        name: the adapter's name; `default_0`, `default_1`, … if None.
+        family: the models' family.
+        strict: whether modules without a place are an error rather than a warning.
+        hotswap: replace the adapter of this name.
+        may_widen: whether a Control file may widen its input layer.
+
+    Raises:
+        AdapterMismatchError: nothing fits, a shape is wrong, or, if strict, something has no place.
+        AdapterStateError: the name is taken, or for `hotswap`, is not there.
+    """
+    present = {name for model in models.values() for name in adapter_names(model)}
+    chosen = _check_name(name, present, hotswap)
+    plan = plan_contents(models, contents, family, may_widen=may_widen)
+    _check_plan(plan, chosen, family, contents, strict)
+    touched = {component: models[component] for component in plan.components}
+    apply(plan, INCOMING if hotswap else chosen)
+    if hotswap:
+        _swap_in(touched, models, chosen)
+    for component, model in touched.items():
+        adapter_config = config_of(plan.adapter, component)
+        model.__dict__.setdefault("peft_config", {})[chosen] = adapter_config
+        model.__dict__["_hf_peft_config_loaded"] = True
+        watch_scale(model)
+    _tell(plan, chosen)
+    embeddings = tuple(plan.adapter.embeddings)
+    return LoadReport(chosen, plan.family, plan.format, plan.components, plan.unmatched, plan.ignored, embeddings)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters on a model, in the order they came."""
+    configs: Mapping[str, LoraConfig] = model.__dict__.get("peft_config", {})
+    return list(configs)
+
+
+def _check_name(name: str | None, present: set[str], hotswap: bool) -> str:
+    if name is None:
+        return next(f"default_{n}" for n in range(len(present) + 1) if f"default_{n}" not in present)
+    if hotswap and name not in present:
+        raise AdapterStateError(
+            f"Trying to hotswap LoRA adapter '{name}' but there is no existing adapter by that name. "
+            "Please choose an existing adapter name or set `hotswap=False` to prevent hotswapping.",
+            problems=[f"present: {other}" for other in sorted(present)],
+            state="Nothing was loaded or changed.",
+        )
+    if not hotswap and name in present:
+        raise AdapterStateError(
+            f"Adapter name {name} already in use in the model - please select a new adapter name.",
+            mend="Delete it first with delete_adapters, replace it with hotswap=True, or choose another name.",
+            state="Nothing was loaded or changed.",
+        )
+    return name
+
+
+def _check_plan(
+    plan: AttachPlan, name: str, family: Family | None, contents: Contents | Adapter, strict: bool
+) -> None:
+    plan.check(name)
+    if plan.bindings and not (strict and plan.unmatched):
+        return
+    if not plan.bindings and plan.adapter.embeddings and not plan.adapter.deltas:
+        what = f"{plan.adapter.source} holds learned tokens only"
+        raise AdapterMismatchError(what, mend="Load it with load_textual_inversion.", state="Nothing was changed.")
+    classes = ", ".join(type(model).__name__ for model in plan.models.values())
+    count = len(plan.unmatched)
+    raise AdapterMismatchError(
+        f"adapter {name!r} ({plan.adapter.describe()}; {plan.adapter.source}): "
+        + (f"{count} modules have no place in {classes}" if plan.bindings else f"nothing in it fits {classes}"),
+        problems=[f"{label}: {reason}" for label, reason in plan.unmatched.items()],
+        mend=_guess(contents, family) if not plan.bindings else "Pass strict=False to load the rest.",
+        state="The model was not changed.",
+    )
+
+
+def _guess(contents: Contents | Adapter, family: Family | None) -> str:
+    """A word on what the file is for, where its names tell."""
+    if isinstance(contents, Adapter):
+        likely = contents.family
+    else:
+        from . import formats
+
+        modules, _, _ = formats.read(list(contents.tensors))
+        ranking = rank_families(modules, contents.tensors) if modules else []
+        likely = ranking[0][1].name if ranking and ranking[0][0] > 0.5 else None
+    if likely is None or (family is not None and likely == family.name):
+        return "`lora-loaders inspect` shows what the file holds."
+    return f"It looks like a file for {likely}" + (f", this is {family.name}." if family else ".")
+
+
+def _swap_in(touched: Mapping[str, nn.Module], models: Mapping[str, nn.Module], name: str) -> None:
+    """Put the incoming adapter in the place of the one it replaces, weights and activity kept."""
+    for component, model in models.items():
+        if name not in adapter_names(model):
+            continue
+        if name in fused_adapters(model):
+            detach_adapters(model, [INCOMING])
+            raise AdapterStateError(
+                f"adapter {name!r} is fused into {component} and cannot be swapped",
+                mend="Call unfuse_lora() first.",
+                state="Nothing was changed.",
+            )
+    for model in models.values():
+        if name in adapter_names(model):
+            detach_adapters(model, [name])
+    for model in touched.values():
+        for _, layer in adapter_layers(model):
+            layer.active = tuple(name if other == INCOMING else other for other in layer.active)
+            if INCOMING in layer.templates:
+                layer.rename(INCOMING, name)
+
+
+def _tell(plan: AttachPlan, name: str) -> None:
+    """One line for what was loaded, one for what was not."""
+    ranks = {delta.rank for _, _, delta in plan.adapter.modules() if delta.rank is not None}
+    shown = f"rank {min(ranks)}" + (f" to {max(ranks)}" if len(ranks) > 1 else "") if ranks else "no rank"
+    logger.info("loaded %r (%s): %d modules, %s", name, plan.adapter.describe(), len(plan.bindings), shown)
+    if plan.unmatched:
+        samples = "; ".join(f"{label}: {reason}" for label, reason in list(plan.unmatched.items())[:3])
+        logger.warning("%r (%s): %d modules have no place: %s", name, plan.adapter.source, len(plan.unmatched), samples)
+    if plan.ignored:
+        reasons = dict.fromkeys(plan.ignored.values())
+        logger.info("%r: %d keys ignored: %s", name, len(plan.ignored), "; ".join(list(reasons)[:3]))
+
+
+__all__ = ["LoadReport", "adapter_names", "family_named", "family_of", "load", "plan_contents"]

@@ -1,0 +1,1 @@
+"""Mixins: the methods that pipelines and models gain; one generic class each, and diffusers' names for it."""

@@ -1,0 +1,243 @@
+"""LoraModelMixin: every LoRA method of diffusers' models, over any `nn.Module`."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import activity, fusing
+from ..adapter import Adapter
+from ..attaching import without_layers
+from ..errors import AdapterStateError
+from ..families import Family
+from ..files import Contents, HubOptions, read
+from ..integrations.scale import watch_scale
+from ..loading import LoadReport, adapter_names, family_of, load
+from ..saving import capture
+from ..tuning.adding import add_adapter
+from ..writing import write_adapter
+
+
+class LoraModelMixin(nn.Module):
+    """LoRA methods for a model class: `class MyModel(LoraModelMixin, ModelMixin): ...`."""
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor] | Adapter,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        *,
+        adapter_name: str | None = None,
+        network_alphas: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        use_safetensors: bool | None = None,
+        weight_name: str | None = None,
+        low_cpu_mem_usage: bool = True,
+        **hub: Any,
+    ) -> LoadReport:
+        """Load an adapter from a path, folder, Hub id, state dictionary or `Adapter` into this model.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: what to load.
+            prefix: the model's component name in the keys; None if keys carry none.
+            hotswap: replace the adapter of this name.
+            adapter_name: `default_0`, `default_1`, … if not given.
+            network_alphas: alphas by key, for state dictionaries without them.
+            metadata: fields of a LoraConfig, for state dictionaries without a header.
+            strict: whether modules without a place are an error.
+            use_safetensors: False allows reading a pickle.
+            weight_name: file name inside a folder or repository.
+            low_cpu_mem_usage: accepted for compatibility; loading always is.
+            hub: subfolder, revision, token, cache_dir, local_files_only, force_download, proxies.
+
+        Raises:
+            AdapterFileError, AdapterMismatchError, AdapterStateError: and the model was not changed.
+        """
+        if network_alphas is not None and metadata is not None:
+            raise ValueError("Both `network_alphas` and `metadata` cannot be specified.")
+        contents = read_source(
+            pretrained_model_name_or_path_or_dict, HubOptions(weight_name=weight_name, **hub), use_safetensors
+        )
+        if isinstance(contents, Contents):
+            contents = with_alphas(contents, network_alphas, metadata)
+        component, family = self._lora_component(prefix)
+        return load(
+            {component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap
+        )
+
+    def save_lora_adapter(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = "default",
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+        weight_name: str | None = None,
+        format: str = "diffusers",
+    ) -> Path:
+        """Write an adapter of this model to a folder; the live model is never cast.
+
+        Raises:
+            AdapterStateError: no such adapter.
+            ConversionError: the format cannot say it.
+        """
+        if adapter_name is not None and adapter_name not in adapter_names(self):
+            raise AdapterStateError(
+                f"Adapter name {adapter_name} not found in the model.",
+                problems=[f"loaded: {name}" for name in adapter_names(self)],
+                state="Nothing was written.",
+            )
+        component, family = self._lora_component(None)
+        adapter = capture({component: self}, adapter_name, family)
+        target = Path(save_directory) / (weight_name or "pytorch_lora_weights.safetensors")
+        return write_adapter(adapter, target, format, dtype=torch.float32 if upcast_before_saving else None)
+
+    def _lora_component(self, prefix: str | None) -> tuple[str, Family | None]:
+        """What files call this model, and its family."""
+        family = family_of(self)
+        if family is not None and (prefix is None or prefix not in family.components):
+            return family.denoiser, family
+        return prefix or "transformer", family
+
+    # New adapters
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """Attach a new adapter for training; `adapter_config` is a LoraConfig of ours or of PEFT.
+
+        Raises:
+            AdapterStateError: the name is taken.
+            AdapterMismatchError: the configuration means no module.
+        """
+        if adapter_name in adapter_names(self):
+            raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        component, _ = self._lora_component(None)
+        config = add_adapter(self, adapter_config, adapter_name, component)
+        self.__dict__.setdefault("peft_config", {})[adapter_name] = config
+        self.__dict__["_hf_peft_config_loaded"] = True
+        watch_scale(self)
+
+    # Switching
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Make these adapters the only active ones, with weight 1."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        activity.require(names, adapter_names(self))
+        activity.set_active(self, names)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
+        """Make these adapters the only active ones, with these weights; see `weights.by_path`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        activity.require(names, self._adapter_names())
+        activity.set_active(self, names, weights)
+
+    def _adapter_names(self) -> list[str]:
+        return adapter_names(self)
+
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        self._require_adapters()
+        return activity.active_names(self)
+
+    def disable_adapters(self) -> None:
+        """Let the base model alone speak."""
+        self._require_adapters()
+        activity.enable(self, False)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters speak again."""
+        self._require_adapters()
+        activity.enable(self, True)
+
+    def disable_lora(self) -> None:
+        """As `disable_adapters`."""
+        activity.enable(self, False)
+
+    def enable_lora(self) -> None:
+        """As `enable_adapters`."""
+        activity.enable(self, True)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters out for good; fused ones are unfused first.
+
+        Raises:
+            AdapterStateError: no such adapter.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        activity.require(names, self._adapter_names())
+        activity.delete(self, names)
+
+    def unload_lora(self, keep_fused: bool | None = None) -> None:
+        """Take all adapters out; see `activity.unload`."""
+        activity.unload(self, keep_fused=keep_fused)
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
+        """Give every adapted layer room for this rank, so that swapping finds the same storage."""
+        activity.reserve(self, target_rank)
+
+    def _require_adapters(self) -> None:
+        if not adapter_names(self):
+            raise AdapterStateError("No adapter loaded. Please load an adapter first.")
+
+    # Fusing
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> None:
+        """Add adapters to the base weights; see `fusing.fuse`."""
+        fusing.fuse(self, adapter_names, lora_scale=lora_scale, safe_fusing=safe_fusing)
+
+    def unfuse_lora(self) -> None:
+        """Give the base weights back, to the bit."""
+        fusing.unfuse(self)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's name for `fuse_lora`."""
+        fusing.fuse(self, adapter_names, safe_fusing=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """PEFT's name for `unfuse_lora`."""
+        fusing.unfuse(self)
+
+    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> "LoraModelMixin":
+        """Fuse for good and take the adapters out."""
+        fusing.fuse(self, adapter_names, safe_fusing=safe_merge)
+        activity.unload(self, keep_fused=True)
+        return self
+
+    def unload(self) -> "LoraModelMixin":
+        """Take the adapters out, fused ones too, and return the plain model."""
+        activity.unload(self, keep_fused=False)
+        return self
+
+    # Plain files
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save the base model under its plain keys, what is fused included and what is not fused left out."""
+        present = {key: self.__dict__.pop(key) for key in ("peft_config", "_hf_peft_config_loaded") if key in self.__dict__}
+        save: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
+        try:
+            with without_layers(self):
+                return save(save_directory, *args, **kwargs)
+        finally:
+            self.__dict__.update(present)
+
+
+def read_source(source: Any, hub: HubOptions, use_safetensors: bool | None) -> Contents | Adapter:
+    """What a load starts from: an `Adapter` as it is, anything else read."""
+    if isinstance(source, Adapter):
+        return source
+    return read(source, hub, allow_pickle=use_safetensors is False)
+
+
+def with_alphas(
+    contents: Contents, alphas: Mapping[str, float] | None, config: Mapping[str, Any] | None
+) -> Contents:
+    """The contents with alphas and configuration that were handed over beside a state dictionary."""
+    if alphas:
+        extra = {key: torch.tensor(float(value)) for key, value in alphas.items()}
+        contents = replace(contents, tensors={**contents.tensors, **extra})
+    return replace(contents, config=config) if config else contents

@@ -1,0 +1,101 @@
+"""What `save_lora_weights` and `lora_state_dict` need: layers that were handed over, files, cards and return shapes."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..conversion import parse
+from ..deltas import Delta
+from ..errors import AdapterFileError
+from ..files import Contents, atomic
+from ..scaling import METADATA_KEY
+from ..writing import to_tensors, write_adapter
+
+LAYERS, METADATA = "_lora_layers", "_lora_adapter_metadata"
+ALWAYS_ALPHAS = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
+
+
+def layers_to_adapter(options: Mapping[str, Any]) -> Adapter | None:
+    """The adapter that `<component>_lora_layers` arguments say; None if there is none.
+
+    Raises:
+        TypeError: an argument of another name.
+    """
+    unknown = [key for key in options if not key.endswith((LAYERS, METADATA))]
+    if unknown:
+        raise TypeError(f"save_lora_weights has no arguments {', '.join(unknown)}; give <component>{LAYERS}=…")
+    deltas: dict[str, dict[str, Delta]] = {}
+    metadata: dict[str, Any] = {}
+    for key, layers in options.items():
+        if not key.endswith(LAYERS) or layers is None:
+            continue
+        component = key.removesuffix(LAYERS)
+        tensors: Mapping[str, Tensor] = layers.state_dict() if isinstance(layers, nn.Module) else layers
+        config = options.get(f"{component}{METADATA}")
+        named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in tensors.items()}
+        adapter = parse(Contents(named, config=config, label=f"{key}=…"), families=())
+        found = {u.name: u.delta for u in adapter.unresolved if u.delta is not None}
+        deltas[component] = found
+        metadata |= {f"{component}.{name}": _plain(value) for name, value in (config or {}).items()}
+    if not deltas:
+        return None
+    header = {METADATA_KEY: json.dumps(metadata, sort_keys=True)} if metadata else {}
+    return Adapter(deltas, metadata=header, source="layers handed over")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def save(
+    adapter: Adapter,
+    folder: str | os.PathLike[str],
+    format: str,
+    weight_name: str | None,
+    save_function: Callable[..., Any] | None,
+    safe_serialization: bool,
+    *,
+    repo_id: str | None,
+) -> Path:
+    """Write one file into a folder, and upload the folder if `repo_id` is given.
+
+    Raises:
+        AdapterFileError: `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise AdapterFileError(f"Provided path ({folder}) should be a directory, not a file", state="Nothing was written.")
+    if save_function is not None or not safe_serialization:
+        path = folder / (weight_name or "pytorch_lora_weights.bin")
+        tensors, _, _ = to_tensors(adapter, format)
+        with atomic(path) as temporary:
+            (save_function or torch.save)(tensors, temporary)
+    else:
+        path = write_adapter(adapter, folder / weight_name if weight_name else folder, format)
+    if repo_id is not None:
+        from ..integrations.hub import upload
+
+        upload(folder, path, adapter, repo_id)
+    return path
+
+
+def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata: bool, alphas: bool) -> Any:
+    """(state_dict[, alphas][, metadata]) as diffusers' own mixin of the class returns it."""
+    adapter = contents if isinstance(contents, Adapter) else parse(contents)
+    tensors, header, _ = to_tensors(adapter, "diffusers-old")
+    renamed = {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): t for key, t in tensors.items()}
+    state_dict = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
+    network_alphas = {key: float(tensor) for key, tensor in renamed.items() if key.endswith(".alpha")}
+    names = {base.__name__ for base in cls.__mro__}
+    parts: list[Any] = [state_dict]
+    if alphas or names & set(ALWAYS_ALPHAS):
+        parts.append(network_alphas or None)
+    if metadata:
+        parts.append(json.loads(header[METADATA_KEY]) if METADATA_KEY in header else None)
+    return parts[0] if len(parts) == 1 else tuple(parts)

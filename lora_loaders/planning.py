@@ -1,0 +1,51 @@
+"""plan(pipe_or_model, adapter): what would happen, asked before anything does."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .attaching import AttachPlan
+from .files import Contents, HubOptions, read
+from .loading import family_of, plan_contents
+from .mixins.pipeline import LoraPipelineMixin
+
+
+def plan(
+    target: Any,
+    adapter: Adapter | str | os.PathLike[str] | Mapping[str, Tensor] | Sequence[str],
+    *,
+    component: str | None = None,
+    weight_name: str | None = None,
+) -> AttachPlan:
+    """What attaching an adapter to a pipeline or model would do; nothing is touched, and the meta device will do.
+
+    Args:
+        target: a pipeline, or one model.
+        adapter: an `Adapter`, a path, folder, Hub id, state dictionary, or just a list of keys.
+        component: what files call the model, if `target` is one and its class does not tell.
+        weight_name: file name inside a folder or repository.
+
+    Returns:
+        A plan with `.matched`, `.unmatched`, `.problems`, `.ignored` and `.keys` (key -> what becomes of it).
+
+    Raises:
+        AdapterFileError: the file cannot be read.
+    """
+    if isinstance(target, nn.Module):
+        family = family_of(target)
+        models: Mapping[str, nn.Module] = {component or (family.denoiser if family else "transformer"): target}
+    else:
+        # The mixin's own view, for pipelines that do not carry it.
+        models = LoraPipelineMixin.lora_components.fget(target)  # type: ignore[misc]
+        family = next((f for model in models.values() if (f := family_of(model)) is not None), None)
+    if isinstance(adapter, Adapter):
+        contents: Contents | Adapter = adapter
+    elif isinstance(adapter, (str, os.PathLike, Mapping)):
+        contents = read(adapter, HubOptions(weight_name=weight_name))
+    else:
+        contents = Contents({key: torch.empty(0, device="meta") for key in adapter}, label="a list of keys")
+    return plan_contents(models, contents, family, may_widen="Control" in type(target).__name__)

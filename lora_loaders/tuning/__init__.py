@@ -1,0 +1,1 @@
+"""Tuning: configurations of new adapters, target matching and initialisation."""
