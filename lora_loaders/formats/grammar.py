@@ -161,17 +161,14 @@ def split_prefix(name: str) -> tuple[str, str, str]:
 
 def split_key(key: str) -> Key | None:
     """Take a key apart, or None where no known suffix ends it."""
-    dot = key.find(".")
-    while dot >= 0:
-        slot = SUFFIXES.get(key[dot:])
-        if slot is not None:
-            return Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
+    slot, dot = None, key.find(".")
+    while dot >= 0 and (slot := SUFFIXES.get(key[dot:])) is None:
         dot = key.find(".", dot + 1)
-    match = SLOTTED.search(key)
-    if match is None:
-        return None
-    slot = SUFFIXES.get(f".{match[1]}{match[3]}", SUFFIXES.get(f".{match[1]}", ""))
-    return Key(*split_prefix(key[: match.start()]), slot, "peft", match[2])
+    slotted = SLOTTED.search(key)
+    if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
+        slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))
+        return Key(*split_prefix(key[: slotted.start()]), slot, "peft", slotted[2])
+    return None if slot is None else Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
 
 
 def drop_reason(key: str) -> str | None:
