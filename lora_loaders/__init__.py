@@ -1,7 +1,5 @@
 """lora_loaders: LoRA-type adapters for diffusers, loaded whole or not at all, fused and unfused to the bit."""
 
-
-
 from .adapter import Adapter
 from .attaching import AttachPlan
 from .conversion import read_adapter

@@ -39,7 +39,9 @@ def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> N
 def active_names(model: nn.Module) -> list[str]:
     """Adapters that are active on the model, in the order they were set."""
     present = adapter_names(model)
-    return [name for name in dict.fromkeys(n for _, layer in adapter_layers(model) for n in layer.active) if name in present]
+    return [
+        name for name in dict.fromkeys(n for _, layer in adapter_layers(model) for n in layer.active) if name in present
+    ]
 
 
 def enable(model: nn.Module, enabled: bool) -> None:

@@ -298,7 +298,9 @@ def _bind(
     if widenable and len(shape) == len(own) == 2 and shape[0] == own[0]:
         if shape[1] < own[1] and isinstance(delta, LoraDelta):
             padding = delta.down.new_zeros(delta.down.shape[0], own[1] - shape[1])
-            return Binding(component, path, module, kind, replace(delta, down=torch.cat([delta.down, padding], 1))), None
+            return Binding(
+                component, path, module, kind, replace(delta, down=torch.cat([delta.down, padding], 1))
+            ), None
         if shape[1] > own[1]:
             if may_widen:
                 return Binding(component, path, module, kind, delta, widens=True), None

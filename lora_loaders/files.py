@@ -129,7 +129,9 @@ def _existing(path: Path) -> Path:
 
 def _is_hub_id(source: str) -> bool:
     parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not source.startswith((".", "~")) and Path(source).suffix != ".safetensors"
+    return (
+        len(parts) == 2 and all(parts) and not source.startswith((".", "~")) and Path(source).suffix != ".safetensors"
+    )
 
 
 def choose(names: list[str], where: str, *, allow_pickle: bool = False) -> str:

@@ -225,7 +225,9 @@ def _change(layer: AdapterLayer, deltas: Sequence[tuple[Delta, float]], weight: 
         pairs: list[tuple[Factors, float]] = [(f, c) for f, (_, c) in zip(all_factors, deltas, strict=True) if f]
         # detach().clone(): parameters may be trained or replaced while fused.
         down = torch.cat([f.down.detach().flatten(1).to(weight.device, _factor_dtype(weight, wide)) for f, _ in pairs])
-        ups = [(f.up.detach().to(weight.device, wide) * (f.scaling * c)).to(_factor_dtype(weight, wide)) for f, c in pairs]
+        ups = [
+            (f.up.detach().to(weight.device, wide) * (f.scaling * c)).to(_factor_dtype(weight, wide)) for f, c in pairs
+        ]
         return Change(down=down, up=torch.cat(ups, 1))
     total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     for delta, coefficient in deltas:

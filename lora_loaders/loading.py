@@ -150,9 +150,7 @@ def _check_name(name: str | None, present: set[str], hotswap: bool) -> str:
     return name
 
 
-def _check_plan(
-    plan: AttachPlan, name: str, family: Family | None, contents: Contents | Adapter, strict: bool
-) -> None:
+def _check_plan(plan: AttachPlan, name: str, family: Family | None, contents: Contents | Adapter, strict: bool) -> None:
     plan.check(name)
     if plan.bindings and not (strict and plan.unmatched):
         return

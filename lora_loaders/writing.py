@@ -155,7 +155,9 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
     is_denoiser = component == (family.denoiser if family else component)
     if not is_encoder and not is_denoiser:
         return f"{component}."
-    return template.format(component=component, number=number, encoder=family.encoders.get(component, "") if family else "")
+    return template.format(
+        component=component, number=number, encoder=family.encoders.get(component, "") if family else ""
+    )
 
 
 def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> list[tuple[str, Delta]]:
@@ -333,7 +335,9 @@ def _metadata(adapter: Adapter, writing: _Writing) -> dict[str, str]:
         metadata = {key: value for key, value in metadata.items() if key not in adapter.deltas}
     metadata["format"] = "pt"
     if writing.form.alpha == "metadata":
-        configs = {c: _config(loras) for c, loras in writing.alphas.items() if any(d.alpha is not None for d in loras.values())}
+        configs = {
+            c: _config(loras) for c, loras in writing.alphas.items() if any(d.alpha is not None for d in loras.values())
+        }
         if configs:
             flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
             metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)

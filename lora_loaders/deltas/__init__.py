@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..errors import MalformedAdapterError
+from lora_loaders.errors import MalformedAdapterError
+
 from .base import Delta as Delta
 from .base import Factors as Factors
 from .dora import DoraDelta as DoraDelta

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ConversionError
+from lora_loaders.errors import ConversionError
 
 RowMap = Callable[[Tensor], Tensor]
 Slots = Mapping[str, Tensor]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ConversionError
+from lora_loaders.errors import ConversionError
+
 from .base import Delta, Factors, RowMap, Slots, computing
 
 

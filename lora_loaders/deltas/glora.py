@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ConversionError, MalformedAdapterError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
+
 from .base import Delta, Factors, Slots, computing, is_cheaper, join_biases, same, strip_ones
 
 _SWAPPED = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ConversionError, MalformedAdapterError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
+
 from .base import Delta, Factors, RowMap, Slots, computing, is_cheaper, join_biases, same, view_like
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ConversionError, MalformedAdapterError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
+
 from .base import (
     Delta,
     Factors,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ConversionError, MalformedAdapterError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
+
 from .base import Delta, RowMap, Slots, computing, join_biases, same, whole_units
 
 

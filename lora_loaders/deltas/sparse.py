@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import MalformedAdapterError
+from lora_loaders.errors import MalformedAdapterError
+
 from .base import Delta, RowMap, Slots, computing
 
 

@@ -20,6 +20,7 @@ final_layer.adaln_modulation.1 -> norm_out.linear_1 ; final_layer.adaln_modulati
 # Read only: LoRA files are for Cosmos 2.5.
 COSMOS1 = """
 affline_norm -> time_embed.norm (r)
+final_layer.adaLN_modulation.1 -> norm_out.linear_1 (r) ; final_layer.adaLN_modulation.2 -> norm_out.linear_2 (r)
 extra_pos_embedder.pos_emb_t -> learnable_pos_embed.pos_emb_t (p)
 extra_pos_embedder.pos_emb_h -> learnable_pos_embed.pos_emb_h (p)
 extra_pos_embedder.pos_emb_w -> learnable_pos_embed.pos_emb_w (p)

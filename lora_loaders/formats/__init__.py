@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from .diffusers import DIFFUSERS, DIFFUSERS_OLD, PEFT
 from .format import Format as Format
-from .grammar import Key
+from .grammar import Key, read_keys
 from .grammar import RawModule as RawModule
 from .grammar import is_embedding as is_embedding
-from .grammar import read_keys
 from .indexed import INDEXED, is_indexed, read_indexed
 from .indexed import adapted_classes as adapted_classes
 from .kohya import KOHYA, LYCORIS, ONETRAINER

@@ -103,9 +103,24 @@ PREFIXES: Mapping[str, str] = {
     **{f"text_encoder_{n}.": f"text_encoder_{n}" for n in (2, 3, 4)},
     "lora_text_encoder_": "te1",
     **{f"lora_text_encoder_{n}_": f"te{n}" for n in (2, 3, 4)},
-    **{f"text_encoders.{name}.transformer.": f"encoder:{name}" for name in (
-        *("clip_l", "clip_g", "clip_h", "t5xxl", "umt5xxl", "llama", "gemma2_2b", "gemma", "qwen25_7b", "qwen3_4b", "qwen3_06b"),
-    )},
+    **{
+        f"text_encoders.{name}.transformer.": f"encoder:{name}"
+        for name in (
+            *(
+                "clip_l",
+                "clip_g",
+                "clip_h",
+                "t5xxl",
+                "umt5xxl",
+                "llama",
+                "gemma2_2b",
+                "gemma",
+                "qwen25_7b",
+                "qwen3_4b",
+                "qwen3_06b",
+            ),
+        )
+    },
     "clip_l.": "encoder:clip_l",
     "clip_g.": "encoder:clip_g",
     "t5.": "encoder:t5xxl",
@@ -197,7 +212,9 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
             left[key] = reason or "no known suffix"
             continue
         parsed.append(split)
-        module = modules.setdefault((split.component, split.name), RawModule(split.prefix, split.component, split.name, {}))
+        module = modules.setdefault(
+            (split.component, split.name), RawModule(split.prefix, split.component, split.name, {})
+        )
         if split.slot in module.keys:
             left[key] = f"the same slot as {module.keys[split.slot]}"
         else:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..adapter import Adapter
-from ..errors import AdapterFileError
+from lora_loaders.adapter import Adapter
+from lora_loaders.errors import AdapterFileError
 
 CARD = """---
 library_name: diffusers

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..activity import unload
-from ..loading import adapter_names
-from ..mixins.model import LoraModelMixin
-from ..mixins.pipeline import LoraPipelineMixin
+from lora_loaders.activity import unload
+from lora_loaders.loading import adapter_names
+from lora_loaders.mixins.model import LoraModelMixin
+from lora_loaders.mixins.pipeline import LoraPipelineMixin
 
 T = TypeVar("T")
 

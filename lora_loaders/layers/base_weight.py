@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedBaseError
+from lora_loaders.errors import UnsupportedBaseError
 
 STORED_ONLY = (torch.float8_e4m3fn, torch.float8_e5m2)
 

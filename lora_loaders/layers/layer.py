@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import Delta, Factors, LoraDelta
+from lora_loaders.deltas import Delta, Factors, LoraDelta
+
 from .kinds import LINEAR, Kind
 
 # Delta field -> where its parameter stands in the layer: container, leaf inside the adapter's entry ("": the entry is
@@ -202,7 +203,9 @@ class AdapterLayer(nn.Module):
             out = out + self._shaped(scale * self.slot_bias, out)
         if self.slot_dense is not None:
             dense = self.slot_dense.to(x.device)
-            out = out + scale * self.kind.op(self.base_layer, x.to(dense.dtype) if x.is_floating_point() else x, dense).to(out.dtype)
+            out = out + scale * self.kind.op(
+                self.base_layer, x.to(dense.dtype) if x.is_floating_point() else x, dense
+            ).to(out.dtype)
         if self.slot_down is not None:
             out = self._add_low_rank(out, x, scale)
         return out
@@ -262,7 +265,9 @@ class AdapterLayer(nn.Module):
         given = x.to(down.dtype) if x.is_floating_point() else x
         added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
         if factors.in_gain is not None:
-            added = added + self.kind.op(self.base_layer, self._along(given, factors.in_gain, given), self.base_layer.weight.to(down.dtype))  # type: ignore[union-attr]
+            added = added + self.kind.op(
+                self.base_layer, self._along(given, factors.in_gain, given), self.base_layer.weight.to(down.dtype)
+            )  # type: ignore[union-attr]
         if factors.out_gain is not None:
             bias = self.bias
             plain = out if bias is None else out - self._shaped(bias, out)

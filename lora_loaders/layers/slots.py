@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..deltas import Delta, Factors
+from lora_loaders.deltas import Delta, Factors
+
 from .base_weight import adapter_device, adapter_dtype, read_weight
 from .layer import AdapterLayer
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import activity, fusing
-from ..adapter import Adapter
-from ..attaching import without_layers
-from ..errors import AdapterStateError
-from ..families import Family
-from ..files import Contents, HubOptions, read
-from ..integrations.scale import watch_scale
-from ..loading import LoadReport, adapter_names, family_of, load
-from ..saving import capture
-from ..tuning.adding import add_adapter
-from ..writing import write_adapter
+from lora_loaders import activity, fusing
+from lora_loaders.adapter import Adapter
+from lora_loaders.attaching import without_layers
+from lora_loaders.errors import AdapterStateError
+from lora_loaders.families import Family
+from lora_loaders.files import Contents, HubOptions, read
+from lora_loaders.integrations.scale import watch_scale
+from lora_loaders.loading import LoadReport, adapter_names, family_of, load
+from lora_loaders.saving import capture
+from lora_loaders.tuning.adding import add_adapter
+from lora_loaders.writing import write_adapter
 
 
 class LoraModelMixin(nn.Module):
@@ -66,9 +66,7 @@ class LoraModelMixin(nn.Module):
         if isinstance(contents, Contents):
             contents = with_alphas(contents, network_alphas, metadata)
         component, family = self._lora_component(prefix)
-        return load(
-            {component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap
-        )
+        return load({component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap)
 
     def save_lora_adapter(
         self,
@@ -202,7 +200,9 @@ class LoraModelMixin(nn.Module):
         """PEFT's name for `unfuse_lora`."""
         fusing.unfuse(self)
 
-    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> "LoraModelMixin":
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> "LoraModelMixin":
         """Fuse for good and take the adapters out."""
         fusing.fuse(self, adapter_names, safe_fusing=safe_merge)
         activity.unload(self, keep_fused=True)
@@ -217,7 +217,9 @@ class LoraModelMixin(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the base model under its plain keys, what is fused included and what is not fused left out."""
-        present = {key: self.__dict__.pop(key) for key in ("peft_config", "_hf_peft_config_loaded") if key in self.__dict__}
+        present = {
+            key: self.__dict__.pop(key) for key in ("peft_config", "_hf_peft_config_loaded") if key in self.__dict__
+        }
         save: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         try:
             with without_layers(self):
@@ -233,9 +235,7 @@ def read_source(source: Any, hub: HubOptions, use_safetensors: bool | None) -> C
     return read(source, hub, allow_pickle=use_safetensors is False)
 
 
-def with_alphas(
-    contents: Contents, alphas: Mapping[str, float] | None, config: Mapping[str, Any] | None
-) -> Contents:
+def with_alphas(contents: Contents, alphas: Mapping[str, float] | None, config: Mapping[str, Any] | None) -> Contents:
     """The contents with alphas and configuration that were handed over beside a state dictionary."""
     if alphas:
         extra = {key: torch.tensor(float(value)) for key, value in alphas.items()}

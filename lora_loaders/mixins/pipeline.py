@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import activity, fusing
-from ..adapter import Adapter
-from ..attaching import shared_of, without_layers
-from ..errors import AdapterStateError
-from ..families import Family
-from ..files import Contents, HubOptions
-from ..loading import LoadReport, adapter_names, family_of, load
-from ..saving import capture
+from lora_loaders import activity, fusing
+from lora_loaders.adapter import Adapter
+from lora_loaders.attaching import shared_of, without_layers
+from lora_loaders.errors import AdapterStateError
+from lora_loaders.families import Family
+from lora_loaders.files import Contents, HubOptions
+from lora_loaders.loading import LoadReport, adapter_names, family_of, load
+from lora_loaders.saving import capture
+
 from .class_or_instance import class_or_instance
 from .model import read_source, with_alphas
 from .saving import layers_to_adapter, save
@@ -130,7 +131,9 @@ class LoraPipelineMixin:
         """Load a state dictionary into a transformer; families without alphas pass the model second."""
         if isinstance(network_alphas, nn.Module):
             network_alphas, transformer = None, network_alphas
-        return cls._load_lora_into("transformer", state_dict, transformer, {**options, "network_alphas": network_alphas})
+        return cls._load_lora_into(
+            "transformer", state_dict, transformer, {**options, "network_alphas": network_alphas}
+        )
 
     @classmethod
     def load_lora_into_unet(
@@ -169,7 +172,7 @@ class LoraPipelineMixin:
         Raises:
             AdapterStateError: an unknown name, component or block, or a list of another length.
         """
-        from ..weights import check_components, for_component, one_each
+        from lora_loaders.weights import check_components, for_component, one_each
 
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         components = self.lora_components

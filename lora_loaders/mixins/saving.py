@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..conversion import parse
-from ..deltas import Delta
-from ..errors import AdapterFileError
-from ..files import Contents, atomic
-from ..scaling import METADATA_KEY
-from ..writing import to_tensors, write_adapter
+from lora_loaders.adapter import Adapter
+from lora_loaders.conversion import parse
+from lora_loaders.deltas import Delta
+from lora_loaders.errors import AdapterFileError
+from lora_loaders.files import Contents, atomic
+from lora_loaders.scaling import METADATA_KEY
+from lora_loaders.writing import to_tensors, write_adapter
 
 LAYERS, METADATA = "_lora_layers", "_lora_adapter_metadata"
 ALWAYS_ALPHAS = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
@@ -70,7 +70,9 @@ def save(
     """
     folder = Path(folder)
     if folder.is_file():
-        raise AdapterFileError(f"Provided path ({folder}) should be a directory, not a file", state="Nothing was written.")
+        raise AdapterFileError(
+            f"Provided path ({folder}) should be a directory, not a file", state="Nothing was written."
+        )
     if save_function is not None or not safe_serialization:
         path = folder / (weight_name or "pytorch_lora_weights.bin")
         tensors, _, _ = to_tensors(adapter, format)
@@ -79,7 +81,7 @@ def save(
     else:
         path = write_adapter(adapter, folder / weight_name if weight_name else folder, format)
     if repo_id is not None:
-        from ..integrations.hub import upload
+        from lora_loaders.integrations.hub import upload
 
         upload(folder, path, adapter, repo_id)
     return path

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..attaching import AttachPlan, apply, named_bases, plan_adapter, shared_of
-from ..deltas import Delta, DoraDelta, LoraDelta
-from ..errors import AdapterMismatchError
-from ..layers.base_weight import logical_shape, read_weight
-from ..layers.kinds import kind_of
+from lora_loaders.adapter import Adapter
+from lora_loaders.attaching import AttachPlan, apply, named_bases, plan_adapter, shared_of
+from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
+from lora_loaders.errors import AdapterMismatchError
+from lora_loaders.layers.base_weight import logical_shape, read_weight
+from lora_loaders.layers.kinds import kind_of
+
 from .config import LoraConfig, accept
 
 UNTOUCHED = "The model was not changed."
@@ -38,7 +39,7 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", component:
     if not targets:
         raise AdapterMismatchError(
             f"target_modules={own.target_modules!r} means no module of {type(model).__name__}",
-            mend="Give names or endings of paths of Linear, Conv or Embedding modules, or \"all-linear\".",
+            mend='Give names or endings of paths of Linear, Conv or Embedding modules, or "all-linear".',
             state=UNTOUCHED,
         )
     deltas = {path: fresh_delta(module, path, own) for path, module in targets.items()}

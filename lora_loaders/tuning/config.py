@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..adapter import Adapter
-from ..deltas import DoraDelta, LoraDelta
-from ..scaling import METADATA_KEY
+from lora_loaders.adapter import Adapter
+from lora_loaders.deltas import DoraDelta, LoraDelta
+from lora_loaders.scaling import METADATA_KEY
 
 # Fields of PEFT's configuration that say nothing about a diffusion model's adapter, with the values that change nothing.
 INERT: Mapping[str, Any] = {
@@ -89,8 +89,24 @@ def accept(config: Any) -> LoraConfig:
 
 
 def _is_inert(key: str, value: Any) -> bool:
-    return value is None or value is False or value == {} or key == "runtime_config" or INERT.get(key, ...) == value or key in (
-        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    return (
+        value is None
+        or value is False
+        or value == {}
+        or key == "runtime_config"
+        or INERT.get(key, ...) == value
+        or key
+        in (
+            *(
+                "peft_type",
+                "task_type",
+                "auto_mapping",
+                "peft_version",
+                "base_model_name_or_path",
+                "revision",
+                "inference_mode",
+            ),
+        )
     )
 
 
