@@ -15,8 +15,8 @@ time_projection.1 -> condition_embedder.time_proj ; head.head -> proj_out
   q -> to_q ; k -> to_k ; v -> to_v ; o -> to_out.0 ; norm_q -> norm_q ; norm_k -> norm_k
 [blocks.{i}]
   ffn.0 -> ffn.net.0.proj ; ffn.2 -> ffn.net.2
-  # Unlike every other row: diffusers has a norm3 too, so a file's other names must say whose this is.
-  norm3 -> norm2 ; modulation -> scale_shift_table (p)
+  # diffusers has a norm3 too, without weights: the one name whose owner the file's other names must tell.
+  norm3 -> norm2 ; norm3 ; modulation -> scale_shift_table (p)
 """
 # Image to video (2.1): a picture's embedding beside the text's.
 IMAGE = """
@@ -32,7 +32,7 @@ VACE = """
 [vace_blocks.{i}.self_attn -> vace_blocks.{i}.attn1 ; vace_blocks.{i}.cross_attn -> vace_blocks.{i}.attn2]
   q -> to_q ; k -> to_k ; v -> to_v ; o -> to_out.0 ; norm_q -> norm_q ; norm_k -> norm_k
 [vace_blocks.{i}]
-  ffn.0 -> ffn.net.0.proj ; ffn.2 -> ffn.net.2 ; norm3 -> norm2 ; modulation -> scale_shift_table (p)
+  ffn.0 -> ffn.net.0.proj ; ffn.2 -> ffn.net.2 ; norm3 -> norm2 ; norm3 ; modulation -> scale_shift_table (p)
   before_proj -> proj_in ; after_proj -> proj_out
 """
 ANIMATE = """
@@ -58,6 +58,7 @@ far_patch_embedding
         "blocks.{i}.attn2.add_k_proj",
         "blocks.{i}.attn2.add_v_proj",
         "blocks.{i}.attn2.norm_added_k",
+        "blocks.{i}.norm3",
         "vace_patch_embedding",
         "vace_blocks.**",
         "pose_patch_embedding",
@@ -79,6 +80,7 @@ patch_embedding ; fps_embedding ; fps_projection.net.0.proj ; fps_projection.net
         "blocks.{i}.attn2.add_k_proj",
         "blocks.{i}.attn2.add_v_proj",
         "blocks.{i}.attn2.norm_added_k",
+        "blocks.{i}.norm3",
         "fps_embedding",
         "fps_projection.**",
     ),
@@ -89,6 +91,7 @@ HELIOS_TRANSFORMER = Names(
     same="""
 patch_embedding ; patch_short ; patch_mid ; patch_long ; norm_out.scale_shift_table (p)
 """,
+    absent=("blocks.{i}.norm3",),
 )
 
 ANIMATE2_TRANSFORMER = Names(

@@ -1,0 +1,80 @@
+"""The row language."""
+
+import pytest
+
+from lora_loaders.families import FAMILIES, Names
+from lora_loaders.families.minimax_h3 import TRANSFORMER as MINIMAX_H3
+from lora_loaders.families.mochi import TRANSFORMER as MOCHI
+from lora_loaders.families.rules import parse_rows
+from lora_loaders.families.text_encoders import CLIP, QWEN2_5_VL
+from lora_loaders.families.wan import TRANSFORMER as WAN
+
+
+def test_prefixes_on_several_lines_all_hold_for_the_rows_below() -> None:
+    rules = list(parse_rows("[a -> x ; b]\n[c -> z]\n  q -> to_q\nd -> w"))
+    assert [(rule.source, rule.targets) for rule in rules] == [
+        ("a.q", ("x.to_q",)),
+        ("b.q", ("b.to_q",)),
+        ("c.q", ("z.to_q",)),
+        ("d", ("w",)),
+    ]
+
+
+def test_a_read_only_row_is_resolved_but_never_written() -> None:
+    names = Names("[{i}]\n  q -> to_q ; k -> to_k\n  qk -> to_q | to_k (r)".replace("{i}", "blocks.{i}"))
+    assert names.resolve("blocks_7_qk")[0].paths == ("blocks.7.to_q", "blocks.7.to_k")
+    assert names.writing("original").source("blocks.7.to_k")[0] == "blocks.7.k"
+
+
+def test_flags_of_one_row_may_stand_together() -> None:
+    (rule,) = parse_rows("qkv -> q:3 | k | v /128 ~ (r) (p)")
+    assert (rule.shares, rule.head, rule.swap, rule.written, rule.parameter) == ((3, 1, 1), 128, "all", False, True)
+
+
+@pytest.mark.parametrize("row", ["-> a", "a ->", "a, -> b"])
+def test_a_row_without_a_name_is_refused(row: str) -> None:
+    with pytest.raises(ValueError, match="not a row"):
+        list(parse_rows(row))
+
+
+def test_a_parameter_stays_one_under_its_diffusers_name() -> None:
+    (reading,) = WAN.resolve("blocks.3.scale_shift_table")
+    assert reading.rule.parameter
+    assert reading.is_diffusers
+
+
+def test_wan_norm3_has_a_diffusers_and_an_original_reading() -> None:
+    readings = WAN.resolve("blocks_3_norm3")
+    assert [(reading.paths[0], reading.is_diffusers) for reading in readings] == [
+        ("blocks.3.norm3", True),
+        ("blocks.3.norm2", False),
+    ]
+
+
+def test_mochi_mod_y_has_a_reading_for_the_last_block_and_one_for_the_others() -> None:
+    paths = [reading.paths[0] for reading in MOCHI.resolve("blocks.47.mod_y")]
+    assert paths == ["transformer_blocks.47.norm1_context.linear", "transformer_blocks.47.norm1_context.linear_1"]
+
+
+def test_minimax_h3_says_how_wide_an_interleaved_head_is() -> None:
+    (reading,) = MINIMAX_H3.resolve("blocks.3.attn.qkv_proj")
+    assert reading.rule.head == 128
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "model.", "language_model.", ""])
+def test_older_layouts_of_a_text_encoder_are_read(prefix: str) -> None:
+    (reading,) = QWEN2_5_VL.resolve(f"{prefix}layers.3.self_attn.q_proj")
+    assert reading.paths == ("model.language_model.layers.3.self_attn.q_proj",)
+
+
+def test_text_encoders_are_written_with_their_own_names() -> None:
+    path = "text_model.encoder.layers.3.self_attn.q_proj"
+    assert CLIP.writing("original").source(path)[0] == path
+
+
+def test_anima_routes_its_adapter_to_the_text_conditioner_and_back() -> None:
+    anima = next(family for family in FAMILIES if family.name == "anima")
+    (reading,) = anima.components["transformer"].resolve("llm_adapter.blocks.0.self_attn.q_proj")
+    assert (reading.rule.component, reading.paths) == ("text_conditioner", ("blocks.0.self_attn.q_proj",))
+    written = anima.components["text_conditioner"].writing("original").source("blocks.0.self_attn.q_proj")
+    assert written[0] == "llm_adapter.blocks.0.self_attn.q_proj"
