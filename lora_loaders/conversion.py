@@ -226,13 +226,18 @@ def _bind(
     if len(readings) == 2 and speaks_diffusers is not None:
         readings = [r for r in readings if r[1].is_diffusers == speaks_diffusers]
     tensors = {slot: contents.tensors[key] for slot, key in module.keys.items()}
-    if not (tensors.keys() - {"alpha"}):
+    if "magnitude_out" in tensors and "magnitude" not in tensors:
+        # PEFT's are per output always, also where the shape is a convolution's [1, out, 1, 1].
+        tensors["magnitude"] = tensors.pop("magnitude_out").flatten()
+    if not contents.names_only and not (tensors.keys() - {"alpha"}):
         reading.ignored |= dict.fromkeys(keys, "alpha without a tensor to scale")
         return
     component, path = _target(module, readings, family, layout)
     try:
-        alpha = _alpha(tensors.pop("alpha", None), module)
-        delta = scalings.apply(build(tensors, alpha), component, path, given=alpha is not None)
+        alpha = None if contents.names_only else _alpha(tensors.pop("alpha", None), module)
+        delta = UnreadDelta()
+        if not contents.names_only:
+            delta = scalings.apply(build(tensors, alpha), component, path, given=alpha is not None)
         if path is None:
             reason = _why_unresolved(readings)
             hint = family.named_component(module.component) if family else ()
@@ -282,7 +287,7 @@ def _alpha(tensor: Tensor | None, module: RawModule) -> float | None:
 
 
 def _place(delta: Delta, resolved: Resolved, component: str, layout: Layout | None) -> dict[str, Delta]:
-    """The delta's parts under their paths: swapped and split as the rule says, sizes from the live model if there is one."""
+    """The delta's parts under their paths: swapped and split as the rule says, sizes from a live model first."""
     rule, paths = resolved.rule, resolved.paths
     if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, layout)):
         delta = delta.swap_halves()
@@ -316,15 +321,23 @@ def _store(parts: Mapping[str, Delta], component: str, keys: tuple[str, ...], ex
             if exact == was_exact:
                 reading.problems.append(f"{component}.{path}: both {reading.keys[at][0]} and {keys[0]} change it")
                 continue
-            loser = keys if was_exact else reading.keys[at]
-            note = f"{component}.{path} is also given by its own name, which goes first"
-            reading.ignored |= {key: note for key in loser if len(reading.bound.get(key, ())) <= 1}
+            _lose(keys if was_exact else reading.keys[at], f"{component}.{path}", reading)
             if was_exact:
                 continue
         if exact:
             reading.exact.add(at)
         deltas[path] = delta
         reading.keys[at] = keys
+
+
+def _lose(keys: Iterable[str], target: str, reading: _Reading) -> None:
+    """Take a target away from these keys; a key that is left with none is ignored."""
+    for key in keys:
+        rest = tuple(other for other in reading.bound.pop(key, ()) if other != target)
+        if rest:
+            reading.bound[key] = rest
+        else:
+            reading.ignored[key] = f"{target} is also given by its own name, which goes first"
 
 
 def with_live_names(adapter: Adapter, layout: Layout) -> Adapter:

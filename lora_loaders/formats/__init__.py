@@ -44,12 +44,8 @@ def read(keys: Sequence[str]) -> tuple[list[RawModule], dict[str, str], str]:
 
 
 def detect(keys: Iterable[Key]) -> str:
-    """Name of the format that most keys speak for; two that both write factors are named together, as `kohya+peft`."""
-    votes: Counter[str] = Counter()
-    styles: Counter[str] = Counter()
-    for key in keys:
-        styles[key.style or ""] += 1
-        votes[_format_of(key)] += 1
+    """Name of the format that most keys speak for."""
+    votes = Counter(_format_of(key) for key in keys)
     if not votes:
         return "unknown"
     specific = [name for name in votes if name in (ONETRAINER.name, LYCORIS.name)]

@@ -72,7 +72,11 @@ SUFFIXES: Mapping[str, str] = {
     **{suffix: slot for slot, suffix in COMMON.items()},
     **{suffix: slot for style in STYLES.values() for slot, suffix in style.items()},
 }
-STYLE_OF: Mapping[str, Style] = {suffix: style for style, table in STYLES.items() for suffix in table.values()}
+STYLE_OF: Mapping[str, Style] = {
+    **dict.fromkeys((".lora_A", ".lora_B"), "peft"),
+    **{suffix: "diffusers-old" for suffix in READ_ONLY if suffix.endswith((".down.weight", ".up.weight"))},
+    **{suffix: style for style, table in STYLES.items() for suffix in table.values()},
+}
 
 # PEFT's names with the adapter's own name inside: `.lora_A.default.weight`.
 SLOTTED = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(\.weight|\.bias|)$")
