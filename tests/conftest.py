@@ -5,9 +5,8 @@ from collections.abc import Callable
 import diffusers
 import pytest
 import torch
-from torch import nn
-
 from shared_files import architectures
+from torch import nn
 
 torch.set_num_threads(1)
 
