@@ -150,6 +150,8 @@ def _plan(
         chosen = {component} if component else {name for name in blueprints if not is_text_encoder(name)}
         models = build_all(blueprints, chosen)
     family = family or next((found for m in models.values() if (found := family_of(m))), None)
+    if family is None and (guess := parse(contents).family):
+        family = family_named(guess)  # an encoder alone does not tell
     adapter = parse(contents, family, layout_of(models, family))
     is_whole = pipeline is not None and component is None
     if is_whole:

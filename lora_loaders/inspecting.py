@@ -151,14 +151,19 @@ def likely_families(contents: Contents) -> list[str]:
 
 
 def _groups(adapter: Adapter) -> Iterable[Group]:
-    """Rows by component and algebra, modules of unknown names last."""
+    """By component and algebra: denoisers before encoders, modules of unknown names last, large groups first."""
     rows: dict[tuple[str, bool, str], list[Delta]] = {}
     for component, _, delta in adapter.modules():
         rows.setdefault((component, True, _algebra(delta)), []).append(delta)
     for module in adapter.unresolved:
         if module.delta is not None:
             rows.setdefault((module.component, False, _algebra(module.delta)), []).append(module.delta)
-    for (component, known, algebra), deltas in rows.items():
+
+    def order(row: tuple[tuple[str, bool, str], list[Delta]]) -> tuple[bool, bool, str, int]:
+        (component, known, _), deltas = row
+        return not known, component.startswith("text_encoder"), component, -len(deltas)
+
+    for (component, known, algebra), deltas in sorted(rows.items(), key=order):
         yield Group(
             component,
             known,

@@ -27,16 +27,18 @@ def show_inspection(facts: Inspection, console: Console) -> None:
     show_notes(console, "No place found by name", grouped(facts.unresolved, "modules"), "yellow")
     show_notes(console, "Ignored", grouped(facts.ignored, "keys"), "yellow")
     if facts.metadata:
-        folded = _folded(facts.metadata)
-        console.print(f"[bold]Metadata[/]  [dim]{counted(len(facts.metadata), 'entries')}[/]")
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="cyan", max_width=40, overflow="fold")
-        table.add_column(overflow="ellipsis", no_wrap=True)
-        for key, value in folded[: 2 * SHOWN]:
-            table.add_row(Text(key), Text(value))
-        console.print(Padding(table, (0, 0, 0, 2), expand=False))
-        hidden = len(folded) - 2 * SHOWN
-        console.print(f"  [dim]{f'… and {hidden} more; ' if hidden > 0 else ''}--json gives all, unshortened[/]\n")
+        _show_metadata(facts.metadata, console)
+
+
+def _show_metadata(metadata: Mapping[str, str], console: Console) -> None:
+    folded = _folded(metadata)
+    shown, hidden = folded[: 2 * SHOWN], folded[2 * SHOWN :]
+    width = min(40, max(len(key) for key, _ in shown))
+    console.print(f"[bold]Metadata[/]  [dim]{counted(len(metadata), 'entries')}[/]")
+    for key, value in shown:
+        line = Text.assemble((f"  {key:<{width}}  ", "cyan"), value)
+        console.print(line, no_wrap=True, overflow="ellipsis")
+    console.print(f"  [dim]{f'… and {len(hidden)} more; ' if hidden else ''}--json gives all, unshortened[/]\n")
 
 
 def _overview(facts: Inspection) -> Padding:
@@ -112,7 +114,8 @@ def show_notes(console: Console, title: str, lines: Sequence[str], style: str) -
         return
     console.print(Text(title, f"bold {style}"))
     for line in lines[:SHOWN]:
-        console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+        # Not wrapped, so that a line stays one line for grep.
+        console.print(Text(f"  {line}"), soft_wrap=True)
     if len(lines) > SHOWN:
         console.print(f"  [dim]… and {len(lines) - SHOWN} more[/]")
     console.print()
