@@ -207,6 +207,8 @@ class Names:
         for hit in found:
             if all(hit.paths != other.paths for other in hits):
                 hits.append(hit)
+        if not hits and flat.endswith("to_out"):  # a container without a weight stands for its first child
+            return self.resolve(f"{name}.0")
         if not hits and (hit := self._by_wildcard(name, flat)):
             hits.append(hit)
         if not hits and flat.endswith("_lora"):  # 2023's diffusers: …attn1.processor.to_q_lora

@@ -6,6 +6,7 @@ from lora_loaders.families import FAMILIES, Names
 from lora_loaders.families.minimax_h3 import TRANSFORMER as MINIMAX_H3
 from lora_loaders.families.mochi import TRANSFORMER as MOCHI
 from lora_loaders.families.rules import parse_rows
+from lora_loaders.families.sd import SDXL_UNET
 from lora_loaders.families.text_encoders import CLIP, QWEN2_5_VL
 from lora_loaders.families.wan import TRANSFORMER as WAN
 
@@ -49,6 +50,12 @@ def test_wan_norm3_has_a_diffusers_and_an_original_reading() -> None:
         ("blocks.3.norm3", True),
         ("blocks.3.norm2", False),
     ]
+
+
+@pytest.mark.parametrize("name", ["attn1.processor.to_out", "attn1.to_out_lora", "attn1.to_out", "attn1_to_out"])
+def test_a_container_without_a_weight_stands_for_its_child(name: str) -> None:
+    (reading,) = SDXL_UNET.resolve(f"down_blocks.2.attentions.0.transformer_blocks.2.{name}")
+    assert reading.paths == ("down_blocks.2.attentions.0.transformer_blocks.2.attn1.to_out.0",)
 
 
 def test_mochi_mod_y_has_a_reading_for_the_last_block_and_one_for_the_others() -> None:
