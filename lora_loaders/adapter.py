@@ -90,7 +90,7 @@ class Adapter:
 
 
 class BufferMover:
-    """Moves tensors to a device, each underlying buffer once."""
+    """Moves tensors to a device when called, each underlying buffer once."""
 
     def __init__(self, device: torch.device | str | None) -> None:
         self._device = None if device is None else torch.device(device)
@@ -98,6 +98,7 @@ class BufferMover:
         self._kept: list[torch.UntypedStorage] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device: a view of its moved buffer."""
         if self._device is None or tensor.device == self._device or tensor.is_meta:
             return tensor
         if self._device.type == "meta":
@@ -106,7 +107,9 @@ class BufferMover:
         # A small view of a large buffer (one module taken out of a file) is cheaper to move alone.
         moved = self._buffers.get(storage.data_ptr())
         if moved is None:
-            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+                storage, 0, torch.Size([storage.nbytes()])
+            )
             moved = source.to(self._device, non_blocking=source.is_pinned()).untyped_storage()
             self._buffers[storage.data_ptr()] = moved
             self._kept.append(storage)

@@ -4,7 +4,7 @@
 modules that stood there before.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -54,7 +54,7 @@ class ModelLayout:
             if isinstance(module, AdapterLayer) or kind_of(module) is not None or not len(list(module.children())):
                 return candidate, module
             first = _submodule(module, "0")
-            if first is not None and kind_of(first) is not None or isinstance(first, AdapterLayer):
+            if isinstance(first, AdapterLayer) or (first is not None and kind_of(first) is not None):
                 return f"{candidate}.0", first
         return None
 
@@ -287,12 +287,9 @@ def _bind(
     own = logical_shape(base)
     if shape is None:
         rows = delta.out_features
-        expected = own[0]
-        return (
-            (Binding(component, path, module, kind, delta), None)
-            if rows == expected
-            else (None, f"the adapter's bias has {rows} values, the module {expected} outputs")
-        )
+        if rows not in (-1, own[0]):
+            return None, f"the adapter's bias has {rows} values, the module {own[0]} outputs"
+        return Binding(component, path, module, kind, delta), None
     if delta.fits(own):
         return Binding(component, path, module, kind, fit(delta, own)), None
     if widenable and len(shape) == len(own) == 2 and shape[0] == own[0]:
@@ -449,7 +446,7 @@ def _widened(narrow: nn.Linear, inputs: int) -> nn.Linear:
 def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
     """The deltas where their layers compute and in their dtype, in memory of their own.
 
-    Parts of a fused module share one `down`, and a caller's dictionary shares everything: parameters must share nothing.
+    Parts of a fused module share one `down`, and a caller's dictionary shares everything; parameters share nothing.
     One buffer for each device and dtype, filled in one batched copy, costs less than a copy a tensor.
     """
     wanted: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -499,7 +496,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
 
 @contextmanager
-def without_layers(model: nn.Module) -> Iterator[None]:
+def without_layers(model: nn.Module) -> Generator[None]:
     """The model as if no adapter layer were there, for as long as the block lasts (saving plain keys)."""
     taken: list[tuple[nn.Module, str, AdapterLayer]] = []
     try:

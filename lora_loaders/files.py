@@ -1,13 +1,14 @@
-"""Files and the Hub against tensors and a header: one-blob reads, checked headers, writes that are whole or not at all."""
+"""Files and the Hub against tensors and a header: one-blob reads, checked headers, writes whole or not at all."""
 
 import contextlib
 import ctypes
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from torch import Tensor
 from .errors import AdapterFileError, MalformedAdapterError, UnsafeFileError
 
 DTYPES: Mapping[str, torch.dtype] = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,6 +48,8 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     config: Mapping[str, Any] | None = None
     label: str = "a dictionary"
+    names_only: bool = False
+    """Whether the tensors are placeholders and only their names mean anything."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class HubOptions:
     subfolder: str | None = None
     revision: str | None = None
     token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
+    cache_dir: str | Path | None = None
     local_files_only: bool | None = None
     force_download: bool = False
     proxies: Mapping[str, str] | None = None
@@ -188,8 +200,13 @@ def _download(repo: str, hub: HubOptions, *, allow_pickle: bool) -> Path:
             start = f"{hub.subfolder}/" if hub.subfolder else ""
             here = [file.removeprefix(start) for file in files if file.startswith(start)]
             name = choose([file for file in here if "/" not in file], repo, allow_pickle=allow_pickle)
-        options = {"subfolder": hub.subfolder, "revision": hub.revision, "token": hub.token, "cache_dir": hub.cache_dir}
-        common = {**options, "local_files_only": offline, "force_download": hub.force_download}
+        options: dict[str, Any] = {
+            "subfolder": hub.subfolder,
+            "revision": hub.revision,
+            "token": hub.token,
+            "cache_dir": hub.cache_dir,
+        }
+        common: dict[str, Any] = {**options, "local_files_only": offline, "force_download": hub.force_download}
         path = Path(hf_hub_download(repo, name, **common))
         with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # most repositories have none
             if name == DEFAULT_NAMES[1]:
@@ -264,7 +281,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
             raise refuse(f"the header is no safetensors header ({error})") from error
     end = 8 + length
     spans = sorted((entry.start, entry.stop, name) for name, entry in entries.items())
-    for (_, stop, name), (start, _, after) in zip(spans, spans[1:], strict=False):
+    for (_, stop, name), (start, _, after) in pairwise(spans):
         if start < stop:
             raise refuse(f"{name} and {after} overlap")
     if spans and end + max(stop for _, stop, _ in spans) != size:
@@ -345,7 +362,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Fuse and unfuse, exact to the last bit.
 
-Fusing sets W' = round(W + P) with P the sum of the fused adapters' changes. Subtracting the same P on the same device gives
-W back except where rounding lost it: 0.3 to 2 % of the elements. Those are kept as a sparse record, so unfusing restores
-every bit at a few percent of the weights' memory. A checksum taken before fusing proves it each time.
+Fusing sets W' = round(W + P) with P the sum of the fused adapters' changes. Subtracting the same P on the same device
+gives W back except where rounding lost it: 0.3 to 2 % of the elements. Those are kept as a sparse record, so unfusing
+restores every bit at a few percent of the weights' memory. A checksum taken before fusing proves it each time.
 """
 
 import logging

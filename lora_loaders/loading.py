@@ -68,10 +68,8 @@ def plan_contents(
 ) -> AttachPlan:
     """Plan what a file, or an adapter, would change in these models; touches nothing."""
     layout = layout_of(models, family)
-    if isinstance(contents, Adapter):
-        adapter = with_live_names(contents, layout)
-    else:
-        adapter = parse(contents, family, layout)
+    known = isinstance(contents, Adapter)
+    adapter = with_live_names(contents, layout) if known else parse(contents, family, layout)
     return plan_adapter(
         models,
         adapter,

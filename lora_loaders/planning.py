@@ -47,5 +47,6 @@ def plan(
     elif isinstance(adapter, (str, os.PathLike, Mapping)):
         contents = read(adapter, HubOptions(weight_name=weight_name))
     else:
-        contents = Contents({key: torch.empty(0, device="meta") for key in adapter}, label="a list of keys")
+        placeholder = torch.empty(0, device="meta")
+        contents = Contents(dict.fromkeys(adapter, placeholder), label="a list of keys", names_only=True)
     return plan_contents(models, contents, family, may_widen="Control" in type(target).__name__)

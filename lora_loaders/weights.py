@@ -90,7 +90,7 @@ def _number(weight: Any) -> float:
 
 
 def _unet_weight(weight: Mapping[str, Any], path: str) -> float:
-    """diffusers' grammar: `{"down": {"block_1": [0.5, 1]}}` is down_blocks.1, its layers 0 and 1; absent parts are 1."""
+    """diffusers' grammar: `{"down": {"block_1": [0.5, 1]}}` is down_blocks.1, layers 0 and 1; absent parts are 1."""
     parts = path.split(".")
     part = parts[0].removesuffix("_blocks").removesuffix("_block")
     value = weight.get(part, 1.0)

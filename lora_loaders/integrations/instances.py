@@ -3,7 +3,7 @@
 The instance gets a subclass of its own class with the mixin in front, under the same name; its components too.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -60,7 +60,7 @@ def _unequip(instance: Any) -> None:
         instance.__class__ = plain
 
 
-@lru_cache(maxsize=None)
+@cache
 def _equipped(cls: type, mixin: type) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     body = {**names, "_lora_plain_class": cls, "__reduce_ex__": _reduce}

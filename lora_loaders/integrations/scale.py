@@ -1,7 +1,8 @@
 """`attention_kwargs={"scale": s}` and its spellings: read where a model's forward begins, with and without peft.
 
-diffusers' own decorator hands the scale to PEFT's layers only, and warns where peft is absent. A forward hook takes the
-scale out before that decorator sees it, so both cases behave alike; 0.0 means 0.0 and nothing stays scaled after an error.
+diffusers' own decorator hands the scale to PEFT's layers only, and warns where peft is absent. A forward hook takes
+the scale out before that decorator sees it, so both cases behave alike; 0.0 means 0.0 and nothing stays scaled after an
+error.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ def logical_shape(base: nn.Module) -> tuple[int, ...]:
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Whether the weight is an ordinary floating tensor of its logical shape, which can be read and written as it is."""
+    """Whether the weight is an ordinary floating tensor of its logical shape, read and written as it is."""
     weight = base.weight
     return (
         isinstance(weight, Tensor)
@@ -35,8 +35,8 @@ def read_weight(base: nn.Module) -> Tensor:
     """
     if not is_plain(base):
         raise UnsupportedBaseError(
-            f"{type(base).__name__} keeps its weight as {type(base.weight).__name__} of {getattr(base.weight, 'dtype', '?')}, "
-            "which cannot be read as a plain tensor",
+            f"{type(base).__name__} keeps its weight as {type(base.weight).__name__} of "
+            f"{getattr(base.weight, 'dtype', '?')}, which cannot be read as a plain tensor",
             mend="Use the adapter unfused; only plain low-rank adapters work on such a layer.",
         )
     weight = base.weight

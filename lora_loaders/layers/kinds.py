@@ -15,13 +15,17 @@ from torch import Tensor, nn
 class Op(Protocol):
     """The layer's map, linear in `weight`, without bias."""
 
-    def __call__(self, base: Any, x: Tensor, weight: Tensor) -> Tensor: ...
+    def __call__(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Output of the base layer, had it this weight and no bias."""
+        ...
 
 
 class LowRank(Protocol):
     """The layer's map for the weight `up @ down`, which is never built."""
 
-    def __call__(self, base: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor: ...
+    def __call__(self, base: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Output of the base layer, had it the weight `up @ down` and no bias."""
+        ...
 
 
 @dataclass(frozen=True)

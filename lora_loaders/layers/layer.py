@@ -1,4 +1,4 @@
-"""AdapterLayer: the module that carries adapters. It calls its base layer, so hooks and quantised forwards go on working."""
+"""AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,10 +91,10 @@ class AdapterLayer(nn.Module):
 
     def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
         """Register one adapter's tensors as parameters; it is not active yet."""
-        for field, tensor in delta.tensors().items():
-            container, leaf = self._place(delta, field)
+        for slot, tensor in delta.tensors().items():
+            container, leaf = self._place(delta, slot)
             data = tensor.detach()
-            if self._is_transposed(delta, field):
+            if self._is_transposed(delta, slot):
                 data = data.t()
             parameter = nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
             if leaf:
@@ -107,8 +107,8 @@ class AdapterLayer(nn.Module):
 
     def remove(self, name: str) -> None:
         """Forget one adapter; containers that are left empty go too."""
-        for field in self.templates[name].tensors():
-            container, _ = self._place(self.templates[name], field)
+        for slot in self.templates[name].tensors():
+            container, _ = self._place(self.templates[name], slot)
             entries = self._modules.get(container)
             if entries is not None and name in entries:  # type: ignore[operator]
                 del entries[name]  # type: ignore[attr-defined]
@@ -121,17 +121,17 @@ class AdapterLayer(nn.Module):
         """One adapter's change, over the live parameters."""
         template = self.templates[name]
         tensors: dict[str, Tensor] = {}
-        for field in template.tensors():
-            container, leaf = self._place(template, field)
+        for slot in template.tensors():
+            container, leaf = self._place(template, slot)
             entry: Any = self._modules[container][name]  # type: ignore[index]
             parameter = entry._parameters[leaf] if leaf else entry
-            tensors[field] = parameter.t() if self._is_transposed(template, field) else parameter
+            tensors[slot] = parameter.t() if self._is_transposed(template, slot) else parameter
         return template.with_tensors(tensors)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
-        for field_name in self.templates[old].tensors():
-            container, _ = self._place(self.templates[old], field_name)
+        for slot in self.templates[old].tensors():
+            container, _ = self._place(self.templates[old], slot)
             entries: Any = self._modules[container]
             if old in entries:
                 entries[new] = entries.pop(old)
@@ -144,19 +144,19 @@ class AdapterLayer(nn.Module):
         return [tensor for tensor in self._raw(name) if isinstance(tensor, nn.Parameter)]
 
     def _raw(self, name: str) -> list[Any]:
-        places = (self._place(self.templates[name], field) for field in self.templates[name].tensors())
+        places = (self._place(self.templates[name], slot) for slot in self.templates[name].tensors())
         entries: list[tuple[Any, str]] = [(self._modules[container][name], leaf) for container, leaf in places]  # type: ignore[index]
         return [entry._parameters[leaf] if leaf else entry for entry, leaf in entries]
 
     @staticmethod
-    def _place(delta: Delta, field: str) -> tuple[str, str]:
-        if isinstance(delta, LoraDelta) and delta.embedding and field in EMBEDDING_PARAMETERS:
-            return EMBEDDING_PARAMETERS[field]
-        return PARAMETERS.get(field, (field, ""))
+    def _place(delta: Delta, slot: str) -> tuple[str, str]:
+        if isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS:
+            return EMBEDDING_PARAMETERS[slot]
+        return PARAMETERS.get(slot, (slot, ""))
 
     @staticmethod
-    def _is_transposed(delta: Delta, field: str) -> bool:
-        return isinstance(delta, LoraDelta) and delta.embedding and field in EMBEDDING_PARAMETERS
+    def _is_transposed(delta: Delta, slot: str) -> bool:
+        return isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
         if name not in self._modules:

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class class_or_instance(Generic[T]):  # noqa: N801  # used as a decorator, like classmethod
+class class_or_instance(Generic[T]):
     """Bind to the instance where there is one, to the class where there is none."""
 
     def __init__(self, function: Callable[..., T]) -> None:

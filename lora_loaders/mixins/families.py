@@ -1,4 +1,4 @@
-"""diffusers' mixin names, three lines each, so that `class P(FluxLoraLoaderMixin, DiffusionPipeline)` goes on working."""
+"""diffusers' mixin names, so that `class P(FluxLoraLoaderMixin, DiffusionPipeline)` goes on working."""
 
 from .pipeline import LoraPipelineMixin
 

@@ -1,8 +1,8 @@
 """LoraPipelineMixin: every LoRA method of diffusers' pipelines, over whatever components a pipeline has."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from lora_loaders.families import Family
 from lora_loaders.files import Contents, HubOptions
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load
 from lora_loaders.saving import capture
+from lora_loaders.weights import check_components, for_component, one_each
 
 from .class_or_instance import class_or_instance
 from .model import read_source, with_alphas
-from .saving import layers_to_adapter, save
+from .saving import layers_to_adapter, save, state_dict_like_diffusers
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 BESIDE = ("transformer_2", "transformer_ref", "connectors", "text_conditioner")
@@ -172,8 +173,6 @@ class LoraPipelineMixin:
         Raises:
             AdapterStateError: an unknown name, component or block, or a list of another length.
         """
-        from lora_loaders.weights import check_components, for_component, one_each
-
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         components = self.lora_components
         activity.require(names, (n for listed in self.get_list_adapters().values() for n in listed))
@@ -313,7 +312,7 @@ class LoraPipelineMixin:
 
     @class_or_instance
     def save_lora_weights(
-        owner: Any,  # noqa: N805
+        owner: Any,
         save_directory: str | os.PathLike[str],
         adapter_name: str | None = None,
         *,
@@ -368,9 +367,7 @@ class LoraPipelineMixin:
         return_lora_metadata: bool = False,
         **options: Any,
     ) -> Any:
-        """A file's tensors in diffusers' names, with what diffusers' method of the same pipeline returns beside them."""
-        from .saving import state_dict_like_diffusers
-
+        """A file's tensors in diffusers' names, and beside them what diffusers' own method returns."""
         contents = read_source(
             pretrained_model_name_or_path_or_dict, hub_options(weight_name, options), use_safetensors
         )
@@ -385,7 +382,7 @@ class LoraPipelineMixin:
             return encode(*args, **kwargs)
 
     @contextmanager
-    def _scaled_text_encoders(self, scale: float | None) -> Iterator[None]:
+    def _scaled_text_encoders(self, scale: float | None) -> Generator[None]:
         encoders = (model for name, model in self.lora_components.items() if name.startswith("text_encoder"))
         states = [shared for model in encoders if (shared := shared_of(model)) is not None]
         for shared in states:
@@ -398,8 +395,6 @@ class LoraPipelineMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the pipeline under its plain keys, what is fused included and what is not fused left out."""
-        from contextlib import ExitStack
-
         write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         with ExitStack() as stack:
             for model in self.lora_components.values():

@@ -11,7 +11,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.deltas import DoraDelta, LoraDelta
 from lora_loaders.scaling import METADATA_KEY
 
-# Fields of PEFT's configuration that say nothing about a diffusion model's adapter, with the values that change nothing.
+# Fields of PEFT's configuration that say nothing about a diffusion model's adapter, with values that change nothing.
 INERT: Mapping[str, Any] = {
     **dict.fromkeys(("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")),
     "inference_mode": False,
