@@ -160,7 +160,7 @@ def _plan(
         models |= build_all(blueprints, named - models.keys())
         adapter = parse(contents, family, layout_of(models, family))
     checked, unchecked = (adapter, dict[str, int]()) if is_whole else _only(adapter, models)
-    may_widen = pipeline is not None and "Control" in pipeline and "ControlNet" not in pipeline
+    may_widen = pipeline is not None and "Control" in pipeline
     return plan_contents(models, checked, family, may_widen=may_widen), unchecked
 
 

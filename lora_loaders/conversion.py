@@ -10,6 +10,7 @@ from torch import Tensor
 from . import formats
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, build
+from .deltas.unread import UnreadDelta
 from .errors import ConversionError, MalformedAdapterError, UnknownFamilyError, UnknownFormatError
 from .families import FAMILIES, Family
 from .families.rules import Resolved

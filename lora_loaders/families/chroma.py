@@ -31,6 +31,8 @@ CHROMA = Family(
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("ChromaTransformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
+        Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (12288, 3072)),
         Shape("transformer", "distilled_guidance_layer.in_proj", (5120, 64)),
         Shape("transformer", "distilled_guidance_layer.out_proj", (3072, 5120)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),

@@ -89,10 +89,17 @@ class Family:
         known = self._known_shapes(component, path)
         return known[0] if len(known) == 1 else None
 
-    def fits(self, component: str, path: str, out_features: int, in_features: int) -> bool:
-        """Whether a published model has such a weight here; True where nothing is known of this path."""
+    def fits(self, component: str, path: str, out_features: int | None, in_features: int | None) -> bool:
+        """Whether a published model has such a weight here; True where nothing is known of this path.
+
+        None is a size that is not known, as the rows of one part of a fused weight are.
+        """
+        given = (out_features, in_features)
         known = self._known_shapes(component, path)
-        return not known or any(out in (None, out_features) and into in (None, in_features) for out, into in known)
+        return not known or any(
+            all(want is None or have is None or want == have for want, have in zip(sizes, given, strict=True))
+            for sizes in known
+        )
 
     def _known_shapes(self, component: str, path: str) -> list[tuple[int | None, int | None]]:
         flat = flatten(path)

@@ -52,6 +52,9 @@ FLUX1 = Family(
     components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5},
     model_classes=("FluxTransformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
+        Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (12288, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.proj_out", (3072, 15360)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
         Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (9216, 3072)),
         Shape("transformer", "x_embedder", (3072, 64)),

@@ -36,6 +36,12 @@ FLUX2 = Family(
     components={"transformer": TRANSFORMER, "text_encoder": MISTRAL3},
     model_classes=("Flux2Transformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (6144, 6144)),
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (4096, 4096)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj", (55296, 6144)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj", (27648, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj", (36864, 4096)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (6144, 6144)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (4096, 4096)),

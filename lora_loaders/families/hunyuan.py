@@ -115,6 +115,7 @@ HUNYUAN_VIDEO = Family(
         "HunyuanVideoFramepackTransformer3DModel",
     ),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
         Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (9216, 3072)),
         Shape("transformer", "context_embedder.proj_in", (3072, 4096)),
@@ -127,6 +128,7 @@ HUNYUAN_VIDEO15 = Family(
     components={"transformer": TRANSFORMER15, "text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
     model_classes=("HunyuanVideo15Transformer3DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (2048, 2048)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (2048, 2048)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (8192, 2048)),
         Shape("transformer", "transformer_blocks.{i}.norm1.linear", (12288, 2048)),
@@ -140,6 +142,7 @@ HUNYUAN_IMAGE = Family(
     components={"transformer": IMAGE_TRANSFORMER, "text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
     model_classes=("HunyuanImageTransformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3584, 3584)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3584, 3584)),
         Shape("transformer", "transformer_blocks.{i}.norm1.linear", (21504, 3584)),
         Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (10752, 3584)),

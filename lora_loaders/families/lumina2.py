@@ -32,6 +32,7 @@ LUMINA2 = Family(
     components={"transformer": TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("Lumina2Transformer2DModel",),
     shapes=(
+        Shape("transformer", "layers.{i}.attn.to_out.0", (2304, 2304)),
         Shape("transformer", "layers.{i}.attn.to_q", (2304, 2304)),
         Shape("transformer", "layers.{i}.attn.to_k", (768, 2304)),
         Shape("transformer", "layers.{i}.feed_forward.linear_1", (9216, 2304)),

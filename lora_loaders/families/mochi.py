@@ -31,6 +31,7 @@ MOCHI = Family(
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("MochiTransformer3DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.attn1.add_q_proj", (3072, 1536)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (16384, 3072)),

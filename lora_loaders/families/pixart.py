@@ -33,6 +33,7 @@ PIXART = Family(
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("PixArtTransformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (1152, 1152)),
         Shape("transformer", "caption_projection.linear_1", (1152, 4096)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1152, 1152)),
         Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (1152, 1152)),

@@ -54,6 +54,8 @@ SANA = Family(
     components={"transformer": TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("SanaTransformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (2240, 2240)),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (1152, 1152)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2240, 2240)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1152, 1152)),
         Shape("transformer", "caption_projection.linear_1", (None, 2304)),

@@ -73,8 +73,10 @@ def original_rows(down_attention: Sequence[bool], layers: int = 2) -> Iterator[R
 
 # The middle block keeps its width, so its resnets need no shortcut.
 MIDDLE = "mid_block.resnets.{j}.conv_shortcut"
+# One transformer block an attention, in 1.5 and 2: a name with a higher number is SDXL's.
+SHALLOW = DIFFUSERS.replace("transformer_blocks.{k}", "transformer_blocks.0")
 SD_UNET = Names(
-    same=DIFFUSERS, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}", MIDDLE)
+    same=SHALLOW, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}", MIDDLE)
 )
 SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows((False, True, True)), absent=(MIDDLE,))
 

@@ -40,6 +40,8 @@ SD3 = Family(
     components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5},
     model_classes=("SD3Transformer2DModel",),
     shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (1536, 1536)),
+        Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (2432, 2432)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (1536, 1536)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (2432, 2432)),
         Shape("transformer", "context_embedder", (None, 4096)),
