@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared_files import shared_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from lora_loaders.cli import app
 
-REAL = Path(__file__).parents[2] / "shared" / "real"
 RANK = 4
 FLUX_CONFIG = {
     "_class_name": "FluxTransformer2DModel",
@@ -53,10 +53,7 @@ def run() -> Run:
 
 
 def real_file(name: str) -> Path:
-    path = REAL / name
-    if not path.is_file():
-        pytest.skip(f"the real file {path} is not here (it is not part of the project)")
-    return path
+    return shared_file("real", name)
 
 
 def kohya(name: str, rows: int, columns: int, alpha: float | None = 2.0) -> dict[str, Tensor]:
@@ -105,6 +102,7 @@ def flux_model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def flux_pipeline(tmp_path: Path) -> Path:
+    pytest.importorskip("transformers", reason="text encoders are transformers' models")
     folder = tmp_path / "pipeline"
     write_config(folder / "transformer", FLUX_CONFIG)
     write_config(folder / "text_encoder", CLIP_CONFIG)
