@@ -107,9 +107,8 @@ class BufferMover:
         # A small view of a large buffer (one module taken out of a file) is cheaper to move alone.
         moved = self._buffers.get(storage.data_ptr())
         if moved is None:
-            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
-                storage, 0, torch.Size([storage.nbytes()])
-            )
+            empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            source = empty.set_(storage, 0, (storage.nbytes(),))  # pyright: ignore[reportArgumentType, reportCallIssue]
             moved = source.to(self._device, non_blocking=source.is_pinned()).untyped_storage()
             self._buffers[storage.data_ptr()] = moved
             self._kept.append(storage)

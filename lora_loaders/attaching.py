@@ -94,14 +94,15 @@ class ModelLayout:
         if model is None:
             return None
         paths = [name for name, module in named_bases(model) if kind_of(module) is not None]
-        close = get_close_matches(path, paths, n=1, cutoff=0.5)
+        close = get_close_matches(path, paths, n=1, cutoff=0.7)
         return close[0] if close else None
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = model
     for part in path.split("."):
-        module = module._modules.get(part) if module is not None else None
+        child = getattr(module, part, None)
+        module = child if isinstance(child, nn.Module) else None
     return module
 
 
@@ -116,20 +117,19 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, AdapterLayer]]:
-    for name, child in module._modules.items():
+    for name, child in module.named_children():
         if isinstance(child, AdapterLayer):
             yield prefix + name, child
-        elif child is not None and child._modules:
+        else:
             yield from _walk(child, f"{prefix}{name}.")
 
 
 def named_bases(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` as if no adapter were there."""
-    for name, child in model._modules.items():
-        if child is not None:
-            base = base_of(child)
-            yield prefix + name, base
-            yield from named_bases(base, f"{prefix}{name}.")
+    for name, child in model.named_children():
+        base = base_of(child)
+        yield prefix + name, base
+        yield from named_bases(base, f"{prefix}{name}.")
 
 
 @dataclass(frozen=True)
@@ -397,9 +397,9 @@ def _take_back(undo: _Undo, name: str) -> None:
     for layer, active in undo.states:
         layer.active = active
     for layer, base in undo.widened:
-        layer._modules["base_layer"], layer.narrow_base = base, None
+        layer.base_layer, layer.narrow_base = base, None
     for parent, child, module in reversed(undo.installed):
-        parent._modules[child] = module
+        setattr(parent, child, module)
     refresh(layer for layer, _ in undo.states if layer.templates)
 
 
@@ -414,19 +414,18 @@ def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Und
     parent_path, _, child = binding.path.rpartition(".")
     parent = _submodule(model, parent_path) if parent_path else model
     assert parent is not None
-    present = parent._modules[child]
+    present = getattr(parent, child)
     if isinstance(present, AdapterLayer):
         layer = present
     else:
-        assert present is not None
         layer = AdapterLayer(present, binding.kind, shared)
-        parent._modules[child] = layer
+        setattr(parent, child, layer)
         undo.installed.append((parent, child, present))
     if binding.widens and layer.narrow_base is None:
         narrow = layer.base_layer
         assert isinstance(narrow, nn.Linear)
         assert binding.delta.shape is not None
-        layer._modules["base_layer"] = _widened(narrow, binding.delta.shape[1])
+        layer.base_layer = _widened(narrow, binding.delta.shape[1])
         layer.narrow_base = narrow
         undo.widened.append((layer, narrow))
     return layer
@@ -463,7 +462,7 @@ def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
             starts.append(starts[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
         buffer = torch.empty(starts[-1], dtype=dtype, device=device)
         targets = [buffer[s : s + t.numel()].view(t.shape) for s, t in zip(starts, tensors, strict=False)]
-        torch._foreach_copy_(targets, [move(tensor) for tensor in tensors])
+        torch._foreach_copy_(targets, [move(tensor) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
         settled[device, dtype] = iter(targets)
 
     def settle(layer: AdapterLayer, tensor: Tensor) -> Tensor:
@@ -491,7 +490,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
             parent_path, _, child = path.rpartition(".")
             parent = _submodule(model, parent_path) if parent_path else model
             assert parent is not None
-            parent._modules[child] = layer.narrow_base or layer.base_layer
+            setattr(parent, child, layer.narrow_base or layer.base_layer)
     refresh(kept)
 
 
@@ -504,9 +503,9 @@ def without_layers(model: nn.Module) -> Generator[None]:
             parent_path, _, child = path.rpartition(".")
             parent = _submodule(model, parent_path) if parent_path else model
             assert parent is not None
-            parent._modules[child] = layer.base_layer
+            setattr(parent, child, layer.base_layer)
             taken.append((parent, child, layer))
         yield
     finally:
         for parent, child, layer in taken:
-            parent._modules[child] = layer
+            setattr(parent, child, layer)

@@ -29,7 +29,7 @@ from .families import Family
 from .files import DEFAULT_NAMES, PICKLES, Contents, HubOptions, read_header
 from .formats import FORMATS
 from .inspecting import inspect_contents, likely_families, open_contents
-from .loading import family_of, layout_of, plan_contents
+from .loading import family_of, layout_of, may_widen, plan_contents
 from .tables import counted, grouped, in_bytes, show_inspection, show_notes, show_plan
 from .writing import convert as convert_adapter
 
@@ -160,8 +160,8 @@ def _plan(
         models |= build_all(blueprints, named - models.keys())
         adapter = parse(contents, family, layout_of(models, family))
     checked, unchecked = (adapter, dict[str, int]()) if is_whole else _only(adapter, models)
-    may_widen = pipeline is not None and "Control" in pipeline
-    return plan_contents(models, checked, family, may_widen=may_widen), unchecked
+    widens = pipeline is not None and may_widen(pipeline)
+    return plan_contents(models, checked, family, may_widen=widens), unchecked
 
 
 def _lone_model(blueprint: Blueprint, component: str | None) -> dict[str, nn.Module]:

@@ -33,6 +33,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+CONFIG_NAME = "adapter_config.json"
 DEFAULT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 NOT_ADAPTERS = ("scheduler", "optimizer", "checkpoint")
 CHUNK = 8 << 20
@@ -101,11 +102,12 @@ def read(
             )
         return _read_pickle(path)
     tensors, metadata = read_safetensors(path)
-    return Contents(tensors, metadata, _adapter_config(path), str(path))
+    return Contents(tensors, metadata, adapter_config(path), str(path))
 
 
 def _from_mapping(source: Mapping[str, Tensor]) -> Contents:
-    wrong = [f"{key}: {type(value).__name__}" for key, value in source.items() if not isinstance(value, Tensor)]
+    values: Mapping[str, object] = source
+    wrong = [f"{key}: {type(value).__name__}" for key, value in values.items() if not isinstance(value, Tensor)]
     if wrong:
         raise MalformedAdapterError("a state dictionary holds tensors only", problems=wrong, state=UNTOUCHED)
     return Contents(dict(source))
@@ -210,7 +212,7 @@ def _download(repo: str, hub: HubOptions, *, allow_pickle: bool) -> Path:
         path = Path(hf_hub_download(repo, name, **common))
         with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # most repositories have none
             if name == DEFAULT_NAMES[1]:
-                hf_hub_download(repo, "adapter_config.json", **common)
+                hf_hub_download(repo, CONFIG_NAME, **common)
         return path
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(
@@ -221,8 +223,13 @@ def _download(repo: str, hub: HubOptions, *, allow_pickle: bool) -> Path:
         ) from error
 
 
-def _adapter_config(path: Path) -> Mapping[str, Any] | None:
-    file = path.parent / "adapter_config.json"
+def adapter_config(path: Path) -> Mapping[str, Any] | None:
+    """PEFT's configuration beside its file, None where there is none.
+
+    Raises:
+        MalformedAdapterError: it is no JSON.
+    """
+    file = path.parent / CONFIG_NAME
     if path.name != DEFAULT_NAMES[1] or not file.is_file():
         return None
     try:

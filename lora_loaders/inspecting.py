@@ -18,7 +18,7 @@ from .files import (
     PICKLES,
     Contents,
     HubOptions,
-    _adapter_config,  # pyright: ignore[reportPrivateUsage]
+    adapter_config,
     locate,
     read,
     read_header,
@@ -109,7 +109,7 @@ def open_contents(
         return (data.clone() if (end + start) % dtype.itemsize else data).view(dtype)
 
     tensors = {key: view(e.start, e.stop, e.dtype).view(e.shape) for key, e in entries.items()}
-    return Contents(tensors, metadata, _adapter_config(path), str(path)), path
+    return Contents(tensors, metadata, adapter_config(path), str(path)), path
 
 
 def inspect_contents(contents: Contents, path: Path, family: str | None = None) -> Inspection:

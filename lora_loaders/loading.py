@@ -57,6 +57,11 @@ def family_of(model: nn.Module) -> Family | None:
     return max(candidates, key=agreement, default=None)
 
 
+def may_widen(pipeline_class: str) -> bool:
+    """Whether this pipeline's Control files may widen the input layer; a ControlNet is another thing."""
+    return "Control" in pipeline_class and "ControlNet" not in pipeline_class
+
+
 def layout_of(models: Mapping[str, nn.Module], family: Family | None) -> ModelLayout:
     """The live models' names and sizes, with the path variants that the family knows of."""
     names = family.components if family else {}

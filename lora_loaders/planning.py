@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .attaching import AttachPlan
 from .files import Contents, HubOptions, read
-from .loading import family_of, plan_contents
+from .loading import family_of, may_widen, plan_contents
 from .mixins.pipeline import LoraPipelineMixin
 
 
@@ -49,4 +49,4 @@ def plan(
     else:
         placeholder = torch.empty(0, device="meta")
         contents = Contents(dict.fromkeys(adapter, placeholder), label="a list of keys", names_only=True)
-    return plan_contents(models, contents, family, may_widen="Control" in type(target).__name__)
+    return plan_contents(models, contents, family, may_widen=may_widen(type(target).__name__))

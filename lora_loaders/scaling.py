@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from .deltas import Delta, DoraDelta, LoraDelta
 from .errors import MalformedAdapterError
 
 METADATA_KEY = "lora_adapter_metadata"
+KOHYA_SCALING = ("ss_network_dim", "ss_network_alpha")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def _by_component(flat: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _kohya(metadata: Mapping[str, str]) -> tuple[float, float] | None:
     try:
-        return float(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"])
+        rank, alpha = (float(metadata[key]) for key in KOHYA_SCALING)
+        return rank, alpha
     except (KeyError, ValueError):
         return None  # "Dynamic" and "None" are written by resizing tools
 
@@ -69,3 +72,43 @@ def _kohya(metadata: Mapping[str, str]) -> tuple[float, float] | None:
 def _matches(key: str, path: str) -> bool:
     """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`."""
     return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def lora_config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:
+    """PEFT's LoraConfig fields that say these ranks and alphas."""
+    rslora = all(delta.rslora and delta.alpha for delta in loras.values())
+    alphas = {name: (d.alpha or 0.0) if rslora else plain_alpha(d) or float(d.rank) for name, d in loras.items()}
+    rank, _ = Counter(delta.rank for delta in loras.values()).most_common(1)[0]
+    alpha, _ = Counter(alphas.values()).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {f"^{name}": d.rank for name, d in loras.items() if d.rank != rank},
+        "alpha_pattern": {f"^{name}": _whole(own) for name, own in alphas.items() if own != alpha},
+        "target_modules": sorted(loras),
+        "use_rslora": rslora,
+        "lora_bias": any(delta.up_bias is not None for delta in loras.values()),
+    }
+
+
+def plain_alpha(delta: LoraDelta) -> float | None:
+    """The alpha that says the same scaling when it is divided by the rank."""
+    return delta.scaling * delta.rank if delta.rslora and delta.alpha else delta.alpha
+
+
+def _whole(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def kohya_header(deltas: Collection[Delta]) -> dict[str, str]:
+    """Rank, alpha and kind of network as kohya's trainers state them; nothing unless all modules have an alpha."""
+    ranks = Counter(delta.rank for delta in deltas if delta.rank is not None)
+    alphas = Counter(delta.alpha_value for delta in deltas if delta.rank is not None)
+    if not ranks or None in alphas:
+        return {}  # the header's alpha would scale the modules that have none
+    kinds = {delta.kind for delta in deltas}
+    return {
+        "ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya",
+        "ss_network_dim": str(ranks.most_common(1)[0][0]),
+        "ss_network_alpha": f"{alphas.most_common(1)[0][0]:g}",
+    }

@@ -1,9 +1,10 @@
 """`Adapter` -> file: names read backward through the family's table, tensors under the format's suffixes."""
 
 import json
+import logging
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from .deltas import Delta, DoraDelta, LoraDelta
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
-from .files import DEFAULT_NAMES, HubOptions, atomic, write_safetensors
+from .files import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, atomic, write_safetensors
 from .formats import Format, format_named
 from .formats.grammar import COMMON, STYLES
-from .scaling import METADATA_KEY
+from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config, plain_alpha
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,19 +103,39 @@ def write_adapter(
     """
     if dtype is not None:
         adapter = adapter.to(dtype=dtype)
+    path = target_path(path, format)
+    config_path = path.parent / CONFIG_NAME if format == "peft" and path.name == DEFAULT_NAMES[1] else None
+    taken = [file for file in (path, config_path) if file is not None and file.exists()]
+    if taken and not overwrite:
+        raise AdapterFileError(
+            f"{taken[0]} is there already",
+            mend="Choose another name, or allow overwriting.",
+            state="Nothing was written.",
+        )
     tensors, metadata, config = to_tensors(adapter, format)
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path / DEFAULT_NAMES[format == "peft"]
-    if path.exists() and not overwrite:
-        raise AdapterFileError(f"{path} is there already", mend="Choose another name, or allow overwriting.")
     if format == "indexed":
         metadata |= _indexed_metadata(adapter)
-    write_safetensors(tensors, path, metadata)
-    if format == "peft" and path.name == DEFAULT_NAMES[1]:
-        with atomic(path.parent / "adapter_config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2), "utf-8")
+    with ExitStack() as stack:
+        if config_path is not None:
+            stack.enter_context(atomic(config_path)).write_text(json.dumps(config, indent=2), "utf-8")
+        write_safetensors(tensors, path, metadata)
     return path
+
+
+def target_path(path: str | os.PathLike[str], format: str) -> Path:
+    """The file that `write_adapter` writes for this path: itself, or the format's usual name inside a folder.
+
+    Raises:
+        AdapterFileError: the path names a pickle.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise AdapterFileError(
+            f"{path} would be a pickle; adapters are written as safetensors",
+            mend="Give a name that ends in .safetensors, or a folder.",
+            state="Nothing was written.",
+        )
+    return path if path.suffix == ".safetensors" else path / DEFAULT_NAMES[format == "peft"]
 
 
 def convert(
@@ -139,6 +162,9 @@ def convert(
             mend="Name the family with family=… if it was taken for another.",
             state="Nothing was written.",
         )
+    if adapter.ignored:
+        reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])
+        logger.warning("%s: %d keys are left out: %s", adapter.source, len(adapter.ignored), reasons)
     return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite)
 
 
@@ -263,10 +289,11 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         writing.problems.append(f"{where}: the format keeps DoRA magnitudes per output, this one is per input")
         return
     try:
-        slots = _spelled_slots(delta, inner, form)
+        inner = _spelled(inner, form)
     except ConversionError as error:
         writing.problems.append(f"{where}: {error.what}")
         return
+    slots = {**inner.slots(), **_magnitude(delta, form)}
     written = flatten_name(name) if form.flat else name
     for slot, tensor in slots.items():
         suffix = form.slots.get(slot) or STYLES[form.style].get(slot) or COMMON.get(slot)
@@ -274,11 +301,12 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
         writing.tensors[f"{prefix}{written}{suffix}"] = tensor
-    alpha = delta.alpha_value
-    if form.alpha == "tensor" and alpha is not None:
-        writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
+    alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta):
         writing.alphas.setdefault(component, {})[name] = inner
+    elif form.alpha != "folded" and alpha is not None:
+        # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
+        writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
 
 
 def flatten_name(name: str) -> str:
@@ -286,24 +314,25 @@ def flatten_name(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _spelled_slots(delta: Delta, inner: Delta, form: Format) -> dict[str, Tensor]:
-    """The delta's tensors under the format's slots: alpha folded in and the magnitude shaped as the format has them."""
-    if isinstance(inner, LoraDelta):
-        if inner.rslora and form.alpha == "tensor":
-            # A tensor's alpha is always divided by the rank.
-            inner_alpha = inner.scaling * inner.rank
-            inner = replace(inner, alpha=inner_alpha, rslora=False)
-        if form.alpha == "folded":
-            inner = _folded(inner)
-    slots = inner.slots()
-    if isinstance(delta, DoraDelta):
-        magnitude = delta.magnitude
-        kernel = len(delta.shape or (0, 0)) - 2
-        if form.style == "peft" and "magnitude" not in form.slots:
-            slots["magnitude_out"] = magnitude.flatten() if kernel == 0 else magnitude.reshape(1, -1, *[1] * kernel)
-        else:
-            slots["magnitude"] = magnitude if magnitude.ndim > 1 else magnitude.reshape(-1, *[1] * (kernel + 1))
-    return slots
+def _spelled(delta: Delta, form: Format) -> Delta:
+    """The same change with its alpha where the format has it: plain where a tensor holds it, or folded in."""
+    if not isinstance(delta, LoraDelta) or form.alpha == "metadata":
+        return delta
+    if form.alpha == "folded":
+        return _folded(delta)
+    # A tensor's alpha is always divided by the rank.
+    return replace(delta, alpha=plain_alpha(delta), rslora=False)
+
+
+def _magnitude(delta: Delta, form: Format) -> dict[str, Tensor]:
+    """DoRA's norms in the shape that the format's readers expect."""
+    if not isinstance(delta, DoraDelta):
+        return {}
+    magnitude = delta.magnitude
+    kernel = len(delta.shape or (0, 0)) - 2
+    if form.style == "peft" and "magnitude" not in form.slots:
+        return {"magnitude_out": magnitude.reshape(1, -1, *[1] * kernel) if kernel else magnitude.flatten()}
+    return {"magnitude": magnitude if magnitude.ndim > 1 else magnitude.reshape(-1, *[1] * (kernel + 1))}
 
 
 def _folded(delta: LoraDelta) -> LoraDelta:
@@ -334,52 +363,25 @@ def _metadata(adapter: Adapter, writing: _Writing) -> dict[str, str]:
         metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}
         metadata = {key: value for key, value in metadata.items() if key not in adapter.deltas}
     metadata["format"] = "pt"
+    if writing.form.alpha == "folded":
+        # Read again, the header's alpha would scale a second time.
+        metadata = {key: value for key, value in metadata.items() if key not in KOHYA_SCALING}
     if writing.form.alpha == "metadata":
         configs = {
-            c: _config(loras) for c, loras in writing.alphas.items() if any(d.alpha is not None for d in loras.values())
+            c: lora_config(loras)
+            for c, loras in writing.alphas.items()
+            if any(d.alpha is not None for d in loras.values())
         }
         if configs:
             flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
             metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
     elif writing.form.name == "kohya":
-        metadata |= {key: value for key, value in _kohya_metadata(adapter).items() if key not in metadata}
+        metadata |= {
+            key: value
+            for key, value in kohya_header([delta for _, _, delta in adapter.modules()]).items()
+            if key not in metadata
+        }
     return metadata
-
-
-def _kohya_metadata(adapter: Adapter) -> dict[str, str]:
-    ranks = Counter(delta.rank for _, _, delta in adapter.modules() if delta.rank is not None)
-    alphas = Counter(delta.alpha_value for _, _, delta in adapter.modules() if delta.alpha_value is not None)
-    if not ranks or not alphas:
-        return {}
-    kinds = {delta.kind for _, _, delta in adapter.modules()}
-    return {
-        "ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya",
-        "ss_network_dim": str(ranks.most_common(1)[0][0]),
-        "ss_network_alpha": f"{alphas.most_common(1)[0][0]:g}",
-    }
-
-
-def _config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:
-    """PEFT's LoraConfig fields that say these ranks and alphas."""
-    rank, _ = Counter(delta.rank for delta in loras.values()).most_common(1)[0]
-    alpha, _ = Counter(_stated_alpha(delta) for delta in loras.values()).most_common(1)[0]
-    return {
-        "r": rank,
-        "lora_alpha": _whole(alpha),
-        "rank_pattern": {f"^{name}": d.rank for name, d in loras.items() if d.rank != rank},
-        "alpha_pattern": {f"^{n}": _whole(_stated_alpha(d)) for n, d in loras.items() if _stated_alpha(d) != alpha},
-        "target_modules": sorted(loras),
-        "use_rslora": any(delta.rslora for delta in loras.values()),
-        "lora_bias": any(delta.up_bias is not None for delta in loras.values()),
-    }
-
-
-def _stated_alpha(delta: LoraDelta) -> float:
-    return delta.alpha if delta.alpha else float(delta.rank)
-
-
-def _whole(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _peft_config(writing: _Writing) -> dict[str, Any]:
@@ -387,4 +389,4 @@ def _peft_config(writing: _Writing) -> dict[str, Any]:
     if not loras:
         return {}
     dora = any(".lora_magnitude_vector" in key for key in writing.tensors)
-    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **_config(loras)}
+    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **lora_config(loras)}

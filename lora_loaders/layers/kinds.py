@@ -92,9 +92,9 @@ def _rms_norm(base: Any, x: Tensor, weight: Tensor) -> Tensor:
 LINEAR = Kind("linear", _linear, _linear_low_rank, channel=-1)
 CONV = Kind("convolution", _conv, _conv_low_rank, channel=1)
 EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank)
-LAYER_NORM = Kind("norm", _layer_norm)
-GROUP_NORM = Kind("norm", _group_norm)
-RMS_NORM = Kind("norm", _rms_norm)
+LAYER_NORM = Kind("norm", _layer_norm, channel=-1)
+GROUP_NORM = Kind("norm", _group_norm, channel=1)
+RMS_NORM = Kind("norm", _rms_norm, channel=-1)
 
 KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
     (nn.Linear, LINEAR),

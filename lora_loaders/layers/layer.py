@@ -172,6 +172,10 @@ class AdapterLayer(nn.Module):
 
     # State
 
+    def set_slot(self, slot: str, value: Tensor | None) -> None:
+        """Put a buffer in a slot, without the checks of attribute assignment."""
+        self._buffers[slot] = value
+
     @property
     def contributing(self) -> list[tuple[str, float]]:
         """Adapters that the forward adds, with their weight: active, here, and not fused into the base."""
@@ -238,15 +242,15 @@ class AdapterLayer(nn.Module):
 
     def _forward_trained(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Adapter by adapter, over the parameters themselves, so that gradients reach them."""
-        out = self.base_layer(x, *args, **kwargs)
+        plain = out = self.base_layer(x, *args, **kwargs)
         for name, weight in self.contributing:
             coefficient = weight * self.shared.scale
-            out = out + coefficient * self._contribution(name, x, out).to(out.dtype)
+            out = out + coefficient * self._contribution(name, x, plain).to(plain.dtype)
         return out
 
     def _contribution(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         delta = self.delta(name)
-        base_weight = self.base_layer.weight.detach() if delta.needs_base else None  # type: ignore[union-attr]
+        base_weight = self.weight.detach() if delta.needs_base else None
         kind = self.kind
         dropout = self.dropouts[name]
         given = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
@@ -265,9 +269,8 @@ class AdapterLayer(nn.Module):
         given = x.to(down.dtype) if x.is_floating_point() else x
         added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
         if factors.in_gain is not None:
-            added = added + self.kind.op(
-                self.base_layer, self._along(given, factors.in_gain, given), self.base_layer.weight.to(down.dtype)
-            )  # type: ignore[union-attr]
+            gained = self._along(given, factors.in_gain, given)
+            added = added + self.kind.op(self.base_layer, gained, self.weight.to(down.dtype))
         if factors.out_gain is not None:
             bias = self.bias
             plain = out if bias is None else out - self._shaped(bias, out)
@@ -276,12 +279,8 @@ class AdapterLayer(nn.Module):
 
     def _shaped(self, vector: Tensor, like: Tensor) -> Tensor:
         """A vector over the channels, broadcastable against activations."""
-        if self.kind.channel != 1:
-            # A group norm's channels stand where a convolution's do.
-            channel_first = self.kind.name == "norm" and isinstance(self.base_layer, nn.GroupNorm)
-            if not channel_first:
-                return vector.to(like.device)
-        return vector.to(like.device).view(-1, *[1] * (like.ndim - 2))
+        vector = vector.to(like.device)
+        return vector.view(-1, *[1] * (like.ndim - 2)) if self.kind.channel == 1 else vector
 
     def _along(self, activations: Tensor, vector: Tensor, like: Tensor) -> Tensor:
         return activations * self._shaped(vector, like).to(activations.dtype)

@@ -30,7 +30,7 @@ def refresh(layers: Iterable[AdapterLayer]) -> None:
         for layer in layers:
             _stack(layer, downs, ups, empty)
         if empty:
-            torch._foreach_zero_(empty)
+            torch._foreach_zero_(empty)  # pyright: ignore[reportPrivateUsage]
         _copy(downs)
         _copy(ups)
 
@@ -40,7 +40,7 @@ def _stack(layer: AdapterLayer, downs: list[_Copy], ups: list[_Copy], empty: lis
     contributing = [(layer.delta(name), weight) for name, weight in layer.contributing]
     if not contributing and not layer.shared.reserved:
         for slot in layer.SLOTS:
-            layer._buffers[slot] = None
+            layer.set_slot(slot, None)
         return
     stacked: list[tuple[Factors, float]] = []
     dense: list[tuple[Delta, float]] = []
@@ -74,7 +74,8 @@ def _write_pairs(
 ) -> None:
     rank = sum(factors.down.shape[0] for factors, _ in stacked)
     if rank == 0 and not layer.shared.reserved:
-        layer._buffers["slot_down"] = layer._buffers["slot_up"] = None
+        layer.set_slot("slot_down", None)
+        layer.set_slot("slot_up", None)
         return
     if stacked:
         _ensure_capacity(layer, rank, stacked[0][0])
@@ -99,8 +100,8 @@ def _ensure_capacity(layer: AdapterLayer, rank: int, like: Factors) -> None:
         return
     capacity = max(-(-rank // STEP) * STEP, layer.shared.reserved)
     # Zeroed once: rows beyond the rank stay zero until something is written there.
-    layer._buffers["slot_down"] = torch.zeros(capacity, *like.down.shape[1:], dtype=dtype, device=device)
-    layer._buffers["slot_up"] = torch.zeros(like.up.shape[0], capacity, dtype=dtype, device=device)
+    layer.set_slot("slot_down", torch.zeros(capacity, *like.down.shape[1:], dtype=dtype, device=device))
+    layer.set_slot("slot_up", torch.zeros(like.up.shape[0], capacity, dtype=dtype, device=device))
 
 
 def _write_rest(
@@ -120,7 +121,7 @@ def _write_rest(
     weight = None
     if any(delta.shape is not None for delta, _ in dense):
         base = original_weight(layer) if any(delta.needs_base for delta, _ in dense) else None
-        shape = layer.base_layer.weight.shape  # type: ignore[union-attr]
+        shape = layer.weight.shape
         weight = _total([(d.delta_weight(base).view(shape), w) for d, w in dense if d.shape is not None])
     dtype = adapter_dtype(layer.base_layer)
     for name, value in (("in_gain", in_gain), ("out_gain", out_gain), ("bias", bias), ("dense", weight)):
@@ -135,11 +136,11 @@ def original_weight(layer: AdapterLayer) -> Tensor:
 
 
 def _put(layer: AdapterLayer, slot: str, value: Tensor | None) -> None:
-    present = layer._buffers.get(slot)
+    present = getattr(layer, slot)
     if value is not None and present is not None and present.shape == value.shape and present.device == value.device:
         present.copy_(value)
     else:
-        layer._buffers[slot] = value
+        layer.set_slot(slot, value)
 
 
 def _total(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
@@ -157,7 +158,7 @@ def _copy(copies: Sequence[_Copy]) -> None:
     if not copies:
         return
     targets = [copy.target for copy in copies]
-    torch._foreach_copy_(targets, [copy.source.detach() for copy in copies])
+    torch._foreach_copy_(targets, [copy.source.detach() for copy in copies])  # pyright: ignore[reportPrivateUsage]
     scaled = [copy for copy in copies if copy.scale != 1.0]
     if scaled:
-        torch._foreach_mul_([copy.target for copy in scaled], [copy.scale for copy in scaled])
+        torch._foreach_mul_([copy.target for copy in scaled], [copy.scale for copy in scaled])  # pyright: ignore[reportPrivateUsage]

@@ -16,7 +16,7 @@ from lora_loaders.attaching import shared_of, without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents, HubOptions
-from lora_loaders.loading import LoadReport, adapter_names, family_of, load
+from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.saving import capture
 from lora_loaders.weights import check_components, for_component, one_each
 
@@ -110,7 +110,7 @@ class LoraPipelineMixin:
             family=self.lora_family,
             strict=strict,
             hotswap=hotswap,
-            may_widen="Control" in type(self).__name__,
+            may_widen=may_widen(type(self).__name__),
         )
 
     @classmethod
