@@ -104,11 +104,12 @@ def kohya_header(deltas: Collection[Delta]) -> dict[str, str]:
     """Rank, alpha and kind of network as kohya's trainers state them; nothing unless all modules have an alpha."""
     ranks = Counter(delta.rank for delta in deltas if delta.rank is not None)
     alphas = Counter(delta.alpha_value for delta in deltas if delta.rank is not None)
-    if not ranks or None in alphas:
+    alpha = alphas.most_common(1)[0][0] if ranks else None
+    if alpha is None or None in alphas:
         return {}  # the header's alpha would scale the modules that have none
     kinds = {delta.kind for delta in deltas}
     return {
         "ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
-        "ss_network_alpha": f"{alphas.most_common(1)[0][0]:g}",
+        "ss_network_alpha": f"{alpha:g}",
     }
