@@ -367,20 +367,13 @@ def _metadata(adapter: Adapter, writing: _Writing) -> dict[str, str]:
         # Read again, the header's alpha would scale a second time.
         metadata = {key: value for key, value in metadata.items() if key not in KOHYA_SCALING}
     if writing.form.alpha == "metadata":
-        configs = {
-            c: lora_config(loras)
-            for c, loras in writing.alphas.items()
-            if any(d.alpha is not None for d in loras.values())
-        }
+        said = {c: loras for c, loras in writing.alphas.items() if any(d.alpha is not None for d in loras.values())}
+        configs = {component: lora_config(loras) for component, loras in said.items()}
         if configs:
             flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
             metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
     elif writing.form.name == "kohya":
-        metadata |= {
-            key: value
-            for key, value in kohya_header([delta for _, _, delta in adapter.modules()]).items()
-            if key not in metadata
-        }
+        metadata = {**kohya_header([delta for _, _, delta in adapter.modules()]), **metadata}
     return metadata
 
 
