@@ -126,7 +126,8 @@ def flux_omi() -> RandomFile:
         file.lora(f"transformer.double_blocks.0.img_attn.qkv.{index}", path, H, H, alpha=ALPHA)
     single = "transformer.single_transformer_blocks.0"
     for index, name in enumerate(["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]):
-        file.lora(f"transformer.single_blocks.0.linear1.{index}", f"{single}.{name}", H, H, alpha=ALPHA)
+        rows = 4 * H if name == "proj_mlp" else H
+        file.lora(f"transformer.single_blocks.0.linear1.{index}", f"{single}.{name}", rows, H, alpha=ALPHA)
     return file
 
 
