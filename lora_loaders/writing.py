@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .conversion import Source, family_named, read_adapter
+from .conversion import Source, read_adapter
 from .deltas import Delta, DoraDelta, LoraDelta
+from .detection import family_named
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
-from .files import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, atomic, write_safetensors
+from .files import atomic, write_safetensors
 from .formats import Format, format_named
 from .formats.grammar import COMMON, STYLES
+from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions
 from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config, plain_alpha
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,7 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
     if family is not None and component not in family.components:
         return None
     template = form.text_encoder if is_encoder else form.denoiser
-    if template is None:
+    if template is None or (form.name == "peft" and family is not None and not _tells(component, family)):
         return None
     number = family.encoder_number(component) if is_encoder and family else ""
     if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
@@ -184,6 +186,12 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
     return template.format(
         component=component, number=number, encoder=family.encoders.get(component, "") if family else ""
     )
+
+
+def _tells(component: str, family: Family) -> bool:
+    """Whether names alone say which component they are of: those of the second CLIP of a pair do not."""
+    names = family.components[component]
+    return component == next(other for other, known in family.components.items() if known is names)
 
 
 def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> list[tuple[str, Delta]]:
