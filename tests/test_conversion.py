@@ -39,7 +39,6 @@ def test_order_of_keys_does_not_matter(name: str) -> None:
     assert_says(file.read(), file.expected)
 
 
-@pytest.mark.xfail(strict=True, reason="families.rules does not know that `to_out` stands for `to_out.0`")
 def test_container_stands_for_its_first_child() -> None:
     """2023's `to_out_lora` is `to_out.0`, which alone has a weight."""
     file = RandomFile("sdxl", "processor")

@@ -17,14 +17,13 @@ from lora_loaders.conversion import read_adapter
 from lora_loaders.errors import AdapterFileError, LoraLoadersError, MalformedAdapterError, UnsafeFileError
 from lora_loaders.files import (
     DTYPES,
-    HubOptions,
     atomic,
-    choose,
     read,
     read_header,
     read_safetensors,
     write_safetensors,
 )
+from lora_loaders.locating import HubOptions, choose
 
 Header = dict[str, Any]
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

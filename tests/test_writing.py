@@ -416,6 +416,18 @@ def test_peft_folder_gets_its_configuration_and_reads_back(tmp_path: Path) -> No
     assert_says(read_adapter(tmp_path / "style", family="flux1"), file.expected)
 
 
+def test_peft_says_a_text_encoder_alone_where_its_names_tell_which_it_is() -> None:
+    file = RandomFile("sdxl", "peft")
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    for encoder in ("text_encoder", "text_encoder_2"):
+        file.lora(f"{encoder}.{layer}", f"{encoder}.{layer}", H, H)
+    adapter = file.read()
+    first, second = (replace(adapter, deltas={c: adapter.deltas[c]}) for c in ("text_encoder", "text_encoder_2"))
+    assert_same_adapter(first, through(first, "peft"))
+    with pytest.raises(ConversionError, match="no word for this component"):  # it would be read as the first
+        to_tensors(second, "peft")
+
+
 def test_peft_says_one_model_a_file() -> None:
     with pytest.raises(ConversionError, match="one model a file") as caught:
         to_tensors(flux_kohya().read(), "peft")
