@@ -59,9 +59,10 @@ class ModelLayout:
         return None
 
     def _spellings(self, component: str, path: str) -> Iterator[str]:
-        yield path
+        spellings = {path: None}
         for prefix in self._prefixes.get(component, ()):
-            yield path.removeprefix(prefix) if path.startswith(prefix) else prefix + path
+            spellings |= {p.replace(prefix, "", 1) if prefix in p else prefix + p: None for p in list(spellings)}
+        yield from spellings
 
     def rows(self, component: str, path: str) -> int | None:
         """Output rows of the module at this path."""

@@ -1,9 +1,9 @@
 """File <-> `Adapter`: the spelling axis and the names axis meet here, and nothing of the modules is known."""
 
-import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,16 +11,16 @@ from . import formats
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, build
 from .deltas.unread import UnreadDelta
-from .errors import ConversionError, MalformedAdapterError, UnknownFamilyError, UnknownFormatError
+from .detection import choose_family, readings_of, vote
+from .errors import ConversionError, MalformedAdapterError, UnknownFormatError
 from .families import FAMILIES, Family
 from .families.rules import Resolved
-from .files import UNTOUCHED, Contents, HubOptions, read
+from .files import Contents, read
 from .formats import RawModule
+from .locating import UNTOUCHED, HubOptions
 from .scaling import Scalings
 
-logger = logging.getLogger(__name__)
-SAMPLE = 96
-Source = Any  # str | os.PathLike | Mapping[str, Tensor] | Adapter; spelled out in the public signatures
+Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
 
 
 class Layout(Protocol):
@@ -41,8 +41,13 @@ class Layout(Protocol):
 
 @dataclass
 class _Reading:
-    """What is gathered while one file is read."""
+    """One file while it is read: what is known beforehand, and what is gathered."""
 
+    contents: Contents
+    family: Family | None
+    layout: Layout | None
+    scalings: Scalings
+    speaks_diffusers: bool | None
     deltas: dict[str, dict[str, Delta]] = field(default_factory=dict[str, dict[str, Delta]])
     bound: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     ignored: dict[str, str] = field(default_factory=dict[str, str])
@@ -88,7 +93,7 @@ def parse(
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
     modules, left, spelling = formats.read(list(contents.tensors))
     embeddings = {key: contents.tensors[key] for key in left if formats.is_embedding(key)}
-    known = _choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
+    known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
         raise UnknownFormatError(
             f"{contents.label}: none of its {len(contents.tensors)} keys is an adapter's",
@@ -96,11 +101,11 @@ def parse(
             mend="Is this a whole model's checkpoint, or a file of another kind?",
             state=UNTOUCHED,
         )
-    reading = _Reading(ignored={key: reason for key, reason in left.items() if key not in embeddings})
     scalings = Scalings.of(contents.metadata, contents.config)
-    namespace = _vote(modules, known)
+    reading = _Reading(contents, known, layout, scalings, vote(modules, known))
+    reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     for module in modules:
-        _bind(module, contents, known, layout, scalings, namespace, reading)
+        _bind(module, reading)
     if reading.problems:
         raise MalformedAdapterError(
             f"{contents.label} ({spelling}): {len(reading.problems)} of {len(modules)} modules are malformed",
@@ -121,130 +126,24 @@ def parse(
     )
 
 
-def family_named(name: str, families: Sequence[Family] = FAMILIES) -> Family:
-    """The family with this identifier.
-
-    Raises:
-        UnknownFamilyError: none.
-    """
-    for family in families:
-        if family.name == name:
-            return family
-    raise UnknownFamilyError(f"no family {name!r}", mend=f"There are {', '.join(f.name for f in families)}.")
-
-
-def _choose_family(
-    modules: Sequence[RawModule],
-    tensors: Mapping[str, Tensor],
-    wanted: str | Family | None,
-    families: Sequence[Family],
-    label: str,
-) -> Family | None:
-    """The family whose names and widths explain the file best; None where no name is known to any."""
-    if isinstance(wanted, Family):
-        return wanted
-    if wanted is not None:
-        return family_named(wanted, families)
-    ranking = rank_families(modules, tensors, families)
-    if not ranking or ranking[0][0] == 0:
-        return None
-    best = [family for score, family in ranking if score == ranking[0][0]]
-    if len(best) > 1:
-        logger.info("%s: names and shapes fit %s; read as %s", label, ", ".join(f.name for f in best), best[0].name)
-    return best[0]
-
-
-def rank_families(
-    modules: Sequence[RawModule], tensors: Mapping[str, Tensor], families: Sequence[Family] = FAMILIES
-) -> list[tuple[float, Family]]:
-    """Families by the share of modules whose name they know and whose shape does not contradict them, best first."""
-    sample = modules[:: max(1, len(modules) // SAMPLE)]
-    scores = [(sum(_score(module, tensors, family) for module in sample) / len(sample), family) for family in families]
-    return sorted(scores, key=lambda pair: -pair[0])
-
-
-def _score(module: RawModule, tensors: Mapping[str, Tensor], family: Family) -> float:
-    """1 where name and telling width fit, 0 where the name is unknown, less than 0 where the width contradicts."""
-    for component, reading in _readings(module, family, None):
-        if len(reading.paths) > 1 or "down" not in module.keys:
-            return 1.0
-        expected = family.expected_shape(component, reading.paths[0])
-        shape = tensors[module.keys["down"]].shape
-        up = tensors[module.keys["up"]].shape if "up" in module.keys else ()
-        if expected is None or len(shape) < 2 or not up:
-            return 1.0
-        actual = (up[0], shape[1])
-        return 1.0 if all(want in (None, have) for want, have in zip(expected, actual, strict=True)) else -1.0
-    return 0.0
-
-
-def _readings(module: RawModule, family: Family, layout: Layout | None) -> list[tuple[str, Resolved]]:
-    """The readings of a module's name in the first component that knows it."""
-    if module.name.startswith("#"):
-        return _by_index(module, family)
-    for component in family.named_component(module.component):
-        readings = family.components[component].resolve(module.name)
-        if readings:
-            return [(reading.rule.component or component, reading) for reading in readings]
-    return []
-
-
-def _by_index(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:
-    order = family.traversal.get(module.component, ())
-    index = int(module.name[1:])
-    if index >= len(order):
-        return []
-    return [(module.component, r) for r in family.components[module.component].resolve(order[index][1])]
-
-
-def _vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
-    """Whether the file speaks diffusers' names, told by the names that only one side has; None if none tells."""
-    if family is None:
-        return None
-    ambiguous = False
-    ballots: set[bool] = set()
-    for module in modules:
-        readings = _readings(module, family, None)
-        if len(readings) == 2:
-            ambiguous = True
-        elif readings:
-            ballots.add(readings[0][1].is_diffusers)
-    return ballots.pop() if ambiguous and len(ballots) == 1 else None
-
-
-def _bind(
-    module: RawModule,
-    contents: Contents,
-    family: Family | None,
-    layout: Layout | None,
-    scalings: Scalings,
-    speaks_diffusers: bool | None,
-    reading: _Reading,
-) -> None:
+def _bind(module: RawModule, reading: _Reading) -> None:
     """Build one module's delta and put it under its diffusers paths."""
     keys = tuple(module.keys.values())
-    readings = _readings(module, family, layout) if family else []
-    if len(readings) == 2 and speaks_diffusers is not None:
-        readings = [r for r in readings if r[1].is_diffusers == speaks_diffusers]
-    tensors = {slot: contents.tensors[key] for slot, key in module.keys.items()}
-    if "magnitude_out" in tensors and "magnitude" not in tensors:
-        # PEFT's are per output always, also where the shape is a convolution's [1, out, 1, 1].
-        tensors["magnitude"] = tensors.pop("magnitude_out").flatten()
-    if not contents.names_only and not (tensors.keys() - {"alpha"}):
+    tensors = {slot: reading.contents.tensors[key] for slot, key in module.keys.items()}
+    if not reading.contents.names_only and not (tensors.keys() - {"alpha"}):
         reading.ignored |= dict.fromkeys(keys, "alpha without a tensor to scale")
         return
-    component, path = _target(module, readings, family, layout)
+    readings = _chosen_readings(module, reading)
+    component, path = _target(module, readings, reading)
     try:
-        alpha = None if contents.names_only else _alpha(tensors.pop("alpha", None), module)
-        delta = UnreadDelta()
-        if not contents.names_only:
-            delta = scalings.apply(build(tensors, alpha), component, path, given=alpha is not None)
+        delta = _delta(module, tensors, component, path, reading)
         if path is None:
             reason = _why_unresolved(readings)
-            hint = family.named_component(module.component) if family else ()
-            reading.unresolved.append(Unresolved((*hint, module.component)[0], module.name, delta, keys, reason))
+            reading.unresolved.append(Unresolved(component, module.name, delta, keys, reason))
             return
-        parts = _place(delta, readings[0][1], component, layout) if readings else {path: delta}
+        if readings and readings[0][1].rule.head and module.adapter:
+            delta = _heads_apart(delta, readings[0][1])
+        parts = _place(delta, readings[0][1], component, reading.layout) if readings else {path: delta}
     except (MalformedAdapterError, ConversionError) as error:
         reading.problems.append(f"{module.name}: {error.what}")
         return
@@ -252,19 +151,38 @@ def _bind(
     _store(parts, component, keys, exact=not readings or readings[0][1].is_diffusers, reading=reading)
 
 
-def _target(
-    module: RawModule, readings: list[tuple[str, Resolved]], family: Family | None, layout: Layout | None
-) -> tuple[str, str | None]:
+def _chosen_readings(module: RawModule, reading: _Reading) -> list[tuple[str, Resolved]]:
+    """The readings of a name that the live model and the file's other names leave."""
+    readings = readings_of(module, reading.family) if reading.family else []
+    layout = reading.layout
+    if len(readings) > 1 and layout is not None:
+        living = [(c, r) for c, r in readings if all(layout.rows(c, path) is not None for path in r.paths)]
+        readings = living or readings
+    if len(readings) > 1 and reading.speaks_diffusers is not None:
+        readings = [r for r in readings if r[1].is_diffusers == reading.speaks_diffusers]
+    return readings
+
+
+def _delta(module: RawModule, tensors: dict[str, Tensor], component: str, path: str | None, reading: _Reading) -> Delta:
+    if reading.contents.names_only:
+        return UnreadDelta()
+    if "magnitude_out" in tensors and "magnitude" not in tensors:
+        # PEFT's are per output always, also where the shape is a convolution's [1, out, 1, 1].
+        tensors["magnitude"] = tensors.pop("magnitude_out").flatten()
+    alpha = _alpha(tensors.pop("alpha", None))
+    return reading.scalings.apply(build(tensors, alpha), component, path, given=alpha is not None)
+
+
+def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _Reading) -> tuple[str, str | None]:
     """Component and first path of a module, the live model asked where the tables are silent."""
     if len(readings) == 1:
         return readings[0][0], readings[0][1].paths[0]
-    hints = family.named_component(module.component) if family else ()
-    if not readings and layout is not None:
-        for component in (*hints, module.component):
-            path = layout.find(component, module.name)
-            if path is not None:
-                return component, path
-    return (*hints, module.component)[0], None
+    hints = [*(reading.family.named_component(module.component) if reading.family else ()), module.component]
+    for component in hints if not readings and reading.layout is not None else ():
+        path = reading.layout.find(component, module.name) if reading.layout else None
+        if path is not None:
+            return component, path
+    return hints[0], None
 
 
 def _why_unresolved(readings: list[tuple[str, Resolved]]) -> str:
@@ -274,7 +192,7 @@ def _why_unresolved(readings: list[tuple[str, Resolved]]) -> str:
     return "no such name in this family"
 
 
-def _alpha(tensor: Tensor | None, module: RawModule) -> float | None:
+def _alpha(tensor: Tensor | None) -> float | None:
     if tensor is None:
         return None
     if tensor.numel() != 1:
@@ -305,6 +223,15 @@ def _place(delta: Delta, resolved: Resolved, component: str, layout: Layout | No
             raise MalformedAdapterError(f"{rows} rows cannot be cut into {parts} as {list(rule.shares)}")
         sizes = [unit * share for share in rule.shares]
     return dict(zip(paths, delta.split(sizes), strict=True))
+
+
+def _heads_apart(delta: Delta, resolved: Resolved) -> Delta:
+    """Rows in the order [q of all heads; k of all; v of all], from [q k v of head 0; q k v of head 1; …].
+
+    DiffSynth writes MiniMax-H3 so, with equal keys and shapes; its adapter slot in the keys tells it.
+    """
+    head, parts = resolved.rule.head or 1, len(resolved.paths)
+    return delta.map_rows(lambda t: t.view(-1, parts, head, *t.shape[1:]).transpose(0, 1).reshape(t.shape))
 
 
 def _is_last(resolved: Resolved, component: str, layout: Layout | None) -> bool:
@@ -353,6 +280,3 @@ def with_live_names(adapter: Adapter, layout: Layout) -> Adapter:
         deltas.setdefault(module.component, {})[path] = module.delta
         bound |= dict.fromkeys(module.keys, (f"{module.component}.{path}",))
     return replace(adapter, deltas=deltas, bound=bound, unresolved=tuple(rest))
-
-
-__all__ = ["Layout", "family_named", "parse", "rank_families", "read_adapter", "with_live_names"]

@@ -292,6 +292,3 @@ def _restore(layer: AdapterLayer) -> None:
     elif not fused.had_bias and base.bias is not None:
         base.register_parameter("bias", None)
     layer.fused = None
-
-
-__all__ = ["Change", "Fused", "fuse", "fused_adapters", "unfuse"]

@@ -12,17 +12,11 @@ from torch import Tensor
 
 from . import formats
 from .adapter import Adapter
-from .conversion import parse, rank_families
+from .conversion import parse
 from .deltas import Delta, DoraDelta, LoraDelta, SparseDelta
-from .files import (
-    PICKLES,
-    Contents,
-    HubOptions,
-    adapter_config,
-    locate,
-    read,
-    read_header,
-)
+from .detection import rank_families
+from .files import Contents, adapter_config, read, read_header
+from .locating import PICKLES, HubOptions, locate
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import nn
 
 from .adapter import Adapter
 from .attaching import AttachPlan, ModelLayout, adapter_layers, apply, detach_adapters, plan_adapter
-from .conversion import family_named, parse, rank_families, with_live_names
+from .conversion import parse, with_live_names
+from .detection import rank_families
 from .errors import AdapterMismatchError, AdapterStateError
 from .families import FAMILIES, Family
 from .files import Contents
@@ -219,6 +220,3 @@ def _tell(plan: AttachPlan, name: str) -> None:
     if plan.ignored:
         reasons = dict.fromkeys(plan.ignored.values())
         logger.info("%r: %d keys ignored: %s", name, len(plan.ignored), "; ".join(list(reasons)[:3]))
-
-
-__all__ = ["LoadReport", "adapter_names", "family_named", "family_of", "load", "plan_contents"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_loaders import formats
 from lora_loaders.attaching import ModelLayout, base_of
-from lora_loaders.conversion import family_named
+from lora_loaders.detection import family_named
 from lora_loaders.families import Family
 from lora_loaders.formats import RawModule
 

@@ -10,7 +10,8 @@ from shared_files import Manifest, manifests, needs_shared
 from torch import nn
 
 from lora_loaders.attaching import AttachPlan, plan_adapter
-from lora_loaders.conversion import family_named, parse
+from lora_loaders.conversion import parse
+from lora_loaders.detection import family_named
 from lora_loaders.files import Contents
 
 pytestmark = needs_shared

@@ -159,6 +159,8 @@ class RawModule:
     name: str
     keys: dict[str, str]
     """Slot -> key in the file."""
+    adapter: str = ""
+    """The adapter's own name inside the keys, as PEFT's training checkpoints have it."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -217,7 +219,7 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
             continue
         parsed.append(split)
         module = modules.setdefault(
-            (split.component, split.name), RawModule(split.prefix, split.component, split.name, {})
+            (split.component, split.name), RawModule(split.prefix, split.component, split.name, {}, split.adapter)
         )
         if split.slot in module.keys:
             left[key] = f"the same slot as {module.keys[split.slot]}"

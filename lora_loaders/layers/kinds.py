@@ -84,8 +84,9 @@ def _group_norm(base: nn.GroupNorm, x: Tensor, weight: Tensor) -> Tensor:
 
 def _rms_norm(base: Any, x: Tensor, weight: Tensor) -> Tensor:
     # torch, diffusers and transformers each have a class; all divide by the root of the mean square in float32.
-    epsilon = next(e for e in (getattr(base, n, None) for n in ("eps", "variance_epsilon")) if e is not None)
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
+    given = (getattr(base, name, None) for name in ("eps", "variance_epsilon"))
+    epsilon = next((e for e in given if e is not None), torch.finfo(x.dtype).eps)  # torch's own default
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight.to(x.dtype)
 
 
@@ -107,9 +108,9 @@ KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = 
 
 def kind_of(base: nn.Module) -> Kind | None:
     """The kind of this base layer, or None where it can carry no adapter."""
+    if getattr(base, "weight", None) is None:
+        return None  # a norm may have none
     for types, kind in KINDS:
         if isinstance(base, types):
             return kind
-    if type(base).__name__.endswith("RMSNorm") and getattr(base, "weight", None) is not None:
-        return RMS_NORM
-    return None
+    return RMS_NORM if type(base).__name__.endswith("RMSNorm") else None

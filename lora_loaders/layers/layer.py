@@ -1,7 +1,7 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_loaders.deltas import Delta, Factors, LoraDelta
 
+from .base_weight import logical_shape, read_weight
 from .kinds import LINEAR, Kind
 
 # Delta field -> where its parameter stands in the layer: container, leaf inside the adapter's entry ("": the entry is
@@ -86,6 +87,8 @@ class AdapterLayer(nn.Module):
         for name in self.SLOTS:
             self.register_buffer(name, None, persistent=False)
         self._trained: tuple[nn.Parameter, ...] = ()
+        self._stale = False
+        self.register_load_state_dict_post_hook(_mark_stale)
 
     # Adapters
 
@@ -188,6 +191,29 @@ class AdapterLayer(nn.Module):
         """Remember the contributing adapters' parameters, whose `requires_grad` sends the forward past the slot."""
         names = [name for name, _ in self.contributing]
         self._trained = tuple(parameter for name in names for parameter in self.parameters_of(name))
+        self._stale = False
+
+    def original_weight(self) -> Tensor:
+        """The base weight as it was before anything was fused into it."""
+        return read_weight(self.base_layer) if self.fused is None else self.fused.original(self)
+
+    def factors(self, delta: Delta) -> Factors | None:
+        """A delta's factors in this layer's shapes, or None where they cannot say the change here.
+
+        Gains act on the base layer's inputs and outputs: they need the original base, channels to act on, and only one
+        of the two sides, since (1 + b) W (1 + a) is not W + bW + Wa. A grouped convolution's columns are no channels.
+        """
+        if self.kind.low_rank is None or (delta.needs_base and (self.fused is not None or self.kind.channel is None)):
+            return None
+        factors = delta.factors(read_weight(self.base_layer) if delta.needs_base else None)
+        if factors is None:
+            return None
+        if factors.in_gain is not None and (factors.out_gain is not None or getattr(self.base_layer, "groups", 1) > 1):
+            return None
+        columns = logical_shape(self.base_layer)[1:]
+        if tuple(factors.down.shape[1:]) == columns:
+            return factors
+        return replace(factors, down=factors.down.reshape(-1, *columns))  # files may flatten a kernel
 
     # Forward
 
@@ -196,6 +222,8 @@ class AdapterLayer(nn.Module):
         for parameter in self._trained:
             if parameter.requires_grad:
                 return self._forward_trained(x, *args, **kwargs)
+        if self._stale:
+            self._rewrite_slot()
         scale = self.shared.scale
         wide = x
         if self.slot_in_gain is not None:
@@ -213,6 +241,12 @@ class AdapterLayer(nn.Module):
         if self.slot_down is not None:
             out = self._add_low_rank(out, x, scale)
         return out
+
+    @torch.no_grad()
+    def _rewrite_slot(self) -> None:
+        from .slots import refresh  # which is built on this module
+
+        refresh([self])
 
     def _add_low_rank(self, out: Tensor, x: Tensor, scale: float) -> Tensor:
         down, up = self.slot_down, self.slot_up
@@ -242,6 +276,7 @@ class AdapterLayer(nn.Module):
 
     def _forward_trained(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Adapter by adapter, over the parameters themselves, so that gradients reach them."""
+        self._stale = True  # an optimiser changes the parameters behind the slot's back
         plain = out = self.base_layer(x, *args, **kwargs)
         for name, weight in self.contributing:
             coefficient = weight * self.shared.scale
@@ -250,17 +285,21 @@ class AdapterLayer(nn.Module):
 
     def _contribution(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         delta = self.delta(name)
-        base_weight = self.weight.detach() if delta.needs_base else None
-        kind = self.kind
         dropout = self.dropouts[name]
         given = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
-        factors = delta.factors(base_weight) if kind.low_rank is not None else None
-        if factors is None or (kind.channel is None and factors.out_gain is not None):
-            weight = delta.delta_weight(base_weight)
-            added = kind.op(self.base_layer, given.to(weight.dtype) if given.is_floating_point() else given, weight)
-        else:
-            added = self._factored(factors, given, out)
         bias = delta.delta_bias()
+        if delta.shape is None:
+            assert bias is not None
+            return self._shaped(bias, out).expand_as(out)
+        factors = self.factors(delta)
+        if factors is not None:
+            added = self._factored(factors, given, out)
+        else:
+            base_weight = self.original_weight() if delta.needs_base else None
+            weight = delta.delta_weight(base_weight).view(logical_shape(self.base_layer))
+            added = self.kind.op(
+                self.base_layer, given.to(weight.dtype) if given.is_floating_point() else given, weight
+            )
         return added if bias is None else added + self._shaped(bias.to(added.dtype), added)
 
     def _factored(self, factors: Factors, x: Tensor, out: Tensor) -> Tensor:
@@ -280,7 +319,11 @@ class AdapterLayer(nn.Module):
     def _shaped(self, vector: Tensor, like: Tensor) -> Tensor:
         """A vector over the channels, broadcastable against activations."""
         vector = vector.to(like.device)
-        return vector.view(-1, *[1] * (like.ndim - 2)) if self.kind.channel == 1 else vector
+        if self.kind.channel != 1:
+            return vector
+        # A convolution takes inputs without a batch too; a group norm's first dimension is always the batch.
+        spatial = self.weight.ndim - 2 if self.weight.ndim > 2 else like.ndim - 2
+        return vector.view(-1, *[1] * spatial)
 
     def _along(self, activations: Tensor, vector: Tensor, like: Tensor) -> Tensor:
         return activations * self._shaped(vector, like).to(activations.dtype)
@@ -308,3 +351,9 @@ class AdapterLayer(nn.Module):
             if name in ("base_layer", "_modules") or name.startswith(("lora_", "slot_")):
                 raise
             return getattr(self.base_layer, name)
+
+
+def _mark_stale(layer: nn.Module, incompatible: Any) -> None:
+    """Loaded parameters show in the slot at the next forward; a function of the module, so that layers pickle."""
+    assert isinstance(layer, AdapterLayer)
+    layer._stale = True  # pyright: ignore[reportPrivateUsage]

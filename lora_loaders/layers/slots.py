@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lora_loaders.deltas import Delta, Factors
+from lora_loaders.deltas.base import computing
 
-from .base_weight import adapter_device, adapter_dtype, read_weight
+from .base_weight import adapter_device, adapter_dtype
 from .layer import AdapterLayer
 
 STEP = 8
@@ -44,25 +45,16 @@ def _stack(layer: AdapterLayer, downs: list[_Copy], ups: list[_Copy], empty: lis
         return
     stacked: list[tuple[Factors, float]] = []
     dense: list[tuple[Delta, float]] = []
-    for delta, weight in contributing:
-        factors = _factors(layer, delta)
-        if factors is None:
+    pairs = [(delta, layer.factors(delta), weight) for delta, weight in contributing]
+    gains_outputs = any(factors is not None and factors.out_gain is not None for _, factors, _ in pairs)
+    for delta, factors, weight in pairs:
+        # Gains of both sides would multiply each other; changes of a weight only add up.
+        if factors is None or (factors.in_gain is not None and gains_outputs):
             dense.append((delta, weight))
         else:
             stacked.append((factors, weight))
     _write_pairs(layer, stacked, downs, ups, empty)
     _write_rest(layer, contributing, stacked, dense)
-
-
-def _factors(layer: AdapterLayer, delta: Delta) -> Factors | None:
-    """The delta's factors, if the layer can apply them: gains need the original base and channels to act on."""
-    if layer.kind.low_rank is None:
-        return None
-    if not delta.needs_base:
-        return delta.factors()
-    if layer.fused is not None or layer.kind.channel is None:
-        return None
-    return delta.factors(read_weight(layer.base_layer))
 
 
 def _write_pairs(
@@ -116,23 +108,16 @@ def _write_rest(
     bias = _total([(delta.delta_bias(), weight) for delta, weight in contributing])
     if out_gain is not None and layer.bias is not None:
         # (1 + gain) multiplies the base's whole output; the bias is no part of the weight and is taken out again.
-        correction = -out_gain * layer.bias.detach().float()
+        correction = -out_gain * computing(layer.bias.detach())
         bias = correction if bias is None else bias + correction
     weight = None
     if any(delta.shape is not None for delta, _ in dense):
-        base = original_weight(layer) if any(delta.needs_base for delta, _ in dense) else None
+        base = layer.original_weight() if any(delta.needs_base for delta, _ in dense) else None
         shape = layer.weight.shape
         weight = _total([(d.delta_weight(base).view(shape), w) for d, w in dense if d.shape is not None])
     dtype = adapter_dtype(layer.base_layer)
     for name, value in (("in_gain", in_gain), ("out_gain", out_gain), ("bias", bias), ("dense", weight)):
         _put(layer, f"slot_{name}", None if value is None else value.to(dtype))
-
-
-def original_weight(layer: AdapterLayer) -> Tensor:
-    """The base weight as it was before anything was fused into it."""
-    if layer.fused is not None:
-        return layer.fused.original(layer)
-    return read_weight(layer.base_layer)
 
 
 def _put(layer: AdapterLayer, slot: str, value: Tensor | None) -> None:
@@ -144,11 +129,11 @@ def _put(layer: AdapterLayer, slot: str, value: Tensor | None) -> None:
 
 
 def _total(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
-    """Weighted sum in float32, skipping what is absent."""
+    """Weighted sum in float32 (float64 for float64 data), skipping what is absent."""
     total: Tensor | None = None
     for tensor, weight in terms:
         if tensor is not None:
-            term = tensor.detach().float() * weight
+            term = computing(tensor.detach()) * weight
             total = term if total is None else total + term
     return total
 

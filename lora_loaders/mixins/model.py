@@ -14,9 +14,10 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
-from lora_loaders.files import Contents, HubOptions, read
+from lora_loaders.files import Contents, read
 from lora_loaders.integrations.scale import watch_scale
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load
+from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
 from lora_loaders.tuning.adding import add_adapter
 from lora_loaders.writing import write_adapter

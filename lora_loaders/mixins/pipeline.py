@@ -15,8 +15,9 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import shared_of, without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
-from lora_loaders.files import Contents, HubOptions
+from lora_loaders.files import Contents
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
+from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
 from lora_loaders.weights import check_components, for_component, one_each
 
