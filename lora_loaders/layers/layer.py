@@ -87,6 +87,7 @@ class AdapterLayer(nn.Module):
         for name in self.SLOTS:
             self.register_buffer(name, None, persistent=False)
         self._trained: tuple[nn.Parameter, ...] = ()
+        self._trains = False
         self._stale = False
         self.register_load_state_dict_post_hook(_mark_stale)
 
@@ -191,6 +192,7 @@ class AdapterLayer(nn.Module):
         """Remember the contributing adapters' parameters, whose `requires_grad` sends the forward past the slot."""
         names = [name for name, _ in self.contributing]
         self._trained = tuple(parameter for name in names for parameter in self.parameters_of(name))
+        self._trains = any(parameter.requires_grad for parameter in self._trained)
         self._stale = False
 
     def original_weight(self) -> Tensor:
@@ -219,9 +221,8 @@ class AdapterLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus what the active adapters add."""
-        for parameter in self._trained:
-            if parameter.requires_grad:
-                return self._forward_trained(x, *args, **kwargs)
+        if self._is_trained():
+            return self._forward_trained(x, *args, **kwargs)
         if self._stale:
             self._rewrite_slot()
         scale = self.shared.scale
@@ -241,6 +242,15 @@ class AdapterLayer(nn.Module):
         if self.slot_down is not None:
             out = self._add_low_rank(out, x, scale)
         return out
+
+    def _is_trained(self) -> bool:
+        # A compiler would guard on each parameter and recompile at every switch: it gets what the last switch saw.
+        if torch.compiler.is_compiling():
+            return self._trains
+        for parameter in self._trained:  # noqa: SIM110  (any() of a generator costs twice this loop)
+            if parameter.requires_grad:
+                return True
+        return False
 
     @torch.no_grad()
     def _rewrite_slot(self) -> None:
@@ -306,7 +316,9 @@ class AdapterLayer(nn.Module):
         assert self.kind.low_rank is not None
         down, up = factors.down, factors.up
         given = x.to(down.dtype) if x.is_floating_point() else x
-        added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
+        added: Any = 0.0
+        if len(down):  # a gain alone has rank 0
+            added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
         if factors.in_gain is not None:
             gained = self._along(given, factors.in_gain, given)
             added = added + self.kind.op(self.base_layer, gained, self.weight.to(down.dtype))
