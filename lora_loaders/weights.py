@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from .errors import AdapterStateError
@@ -15,7 +16,7 @@ def one_each(names: Sequence[str], weights: Any) -> list[Any]:
     Raises:
         AdapterStateError: a list of another length.
     """
-    if weights is None or isinstance(weights, (int, float, Mapping)):
+    if weights is None or isinstance(weights, (Real, Mapping)):
         return [weights] * len(names)
     given = list(weights)
     if len(given) != len(names):
@@ -84,7 +85,7 @@ def by_path(weight: Any, paths: Sequence[str]) -> dict[str, float]:
 def _number(weight: Any) -> float:
     if weight is None:
         return 1.0
-    if isinstance(weight, (int, float)):
+    if isinstance(weight, Real):
         return float(weight)
     raise AdapterStateError(f"an adapter weight is a number, not {weight!r}", state="Nothing was changed.")
 
