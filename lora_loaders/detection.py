@@ -67,9 +67,9 @@ def _score(module: RawModule, tensors: Mapping[str, Tensor], family: Family) -> 
     if not readings:
         return 0.0
     component, reading = readings[0]
-    down, up = (tensors[key] if (key := module.keys.get(slot)) else None for slot in ("down", "up"))
-    out_features = None if up is None or len(reading.paths) > 1 or up.ndim < 2 else up.shape[0]
-    in_features = None if down is None or down.ndim < 2 else down.shape[1]
+    shapes = {slot: tensors[key].shape for slot, key in module.keys.items() if tensors[key].ndim >= 2}
+    out_features = shapes["up"][0] if "up" in shapes and len(reading.paths) == 1 else None
+    in_features = shapes["down"][1] if "down" in shapes else None
     return 1.0 if family.fits(component, reading.paths[0], out_features, in_features) else OTHER_SIZE
 
 

@@ -78,8 +78,8 @@ def read(
 
 
 def _from_mapping(source: Mapping[str, Tensor]) -> Contents:
-    values: Mapping[str, object] = source
-    wrong = [f"{key}: {type(value).__name__}" for key, value in values.items() if not isinstance(value, Tensor)]
+    values = list[tuple[str, object]](source.items())
+    wrong = [f"{key}: {type(value).__name__}" for key, value in values if not isinstance(value, Tensor)]
     if wrong:
         raise MalformedAdapterError("a state dictionary holds tensors only", problems=wrong, state=UNTOUCHED)
     return Contents(dict(source))

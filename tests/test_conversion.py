@@ -264,10 +264,7 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 }
 
 
-SCALARS = pytest.mark.xfail(strict=True, raises=IndexError, reason="deltas.lora indexes a shape before it checks it")
-
-
-@pytest.mark.parametrize("damage", [pytest.param(d, marks=SCALARS) if d == "vectors" else d for d in DAMAGED])
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_module_is_named_with_the_reason(damage: str) -> None:
     tensors, reason = DAMAGED[damage]
     with pytest.raises(MalformedAdapterError) as caught:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -47,10 +48,10 @@ class LoraDelta(Delta):
             rest = {name: slots[name] for name in slots if not name.startswith("embedding_")}
             return replace(cls.from_slots({**rest, "down": down, "up": up}, alpha), embedding=True)
         down, up, mid = slots["down"], slots["up"], slots.get("mid")
-        joints = (
-            (down.shape[0], up.shape[1]) if mid is None else (down.shape[0], mid.shape[1], mid.shape[0], up.shape[1])
-        )
-        if down.ndim < 2 or up.ndim < 2 or joints[0] != joints[1] or joints[-2] != joints[-1]:
+        # Along the chain down, mid, up each factor's rows meet the next one's columns.
+        chain = [factor for factor in (down, mid, up) if factor is not None]
+        flat = any(factor.ndim < 2 for factor in chain)
+        if flat or any(first.shape[0] != second.shape[1] for first, second in pairwise(chain)):
             raise MalformedAdapterError(
                 f"the factors do not multiply: down is {list(down.shape)}, up is {list(up.shape)}"
                 + ("" if mid is None else f", mid is {list(mid.shape)}")
