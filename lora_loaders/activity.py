@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attaching import adapter_layers, detach_adapters, shared_of
+from .attaching import RESERVED_RANK, adapter_layers, detach_adapters, shared_of
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
-from .integrations.scale import unwatch_scale
 from .layers.slots import refresh
-from .loading import adapter_names
+from .loading import adapter_names, unregister
 from .weights import by_path, one_each
 
 
@@ -74,16 +73,9 @@ def delete(model: nn.Module, names: Sequence[str]) -> None:
     fused = [name for name in names if name in fused_adapters(model)]
     if fused:
         unfuse(model, fused)
-    remaining = [name for name in adapter_names(model) if name not in names]
-    if not remaining:
-        _restore_model(model)
-    detach_adapters(model, names)
-    configs = model.__dict__.get("peft_config", {})
     for name in names:
-        configs.pop(name, None)
-    if not remaining:
-        model.__dict__.pop("peft_config", None)
-        model.__dict__.pop("_hf_peft_config_loaded", None)
+        unregister(model, name)
+    detach_adapters(model, names)
 
 
 def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
@@ -106,19 +98,9 @@ def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
         )
     if keep_fused:
         for _, layer in adapter_layers(model):
-            layer.fused = None
+            if layer.fused is not None and layer.fused.coefficients:
+                layer.fused, layer.narrow_bases = None, ()  # a widened layer stays wide with what is fused
     delete(model, adapter_names(model))
-
-
-def _restore_model(model: nn.Module) -> None:
-    """Give back the gradients and hooks that adapters changed."""
-    shared = shared_of(model)
-    if shared is None:
-        return
-    unwatch_scale(model)
-    shared.reserved = 0
-    for parameter in shared.frozen:
-        parameter.requires_grad_(True)
 
 
 def move(model: nn.Module, names: Sequence[str], device: torch.device | str | int) -> None:
@@ -133,16 +115,12 @@ def move(model: nn.Module, names: Sequence[str], device: torch.device | str | in
 
 
 def reserve(model: nn.Module, rank: int) -> None:
-    """Give every slot room for this rank, so that later adapters are written into the same storage."""
+    """Give every slot, of present and of coming layers, room for this rank, so that swapping finds the same storage."""
+    model.__dict__[RESERVED_RANK] = rank
     shared = shared_of(model)
-    if shared is None:
-        raise AdapterStateError(
-            "no adapter is loaded, so there is no slot to reserve room in",
-            mend="Load the first adapter, then call enable_lora_hotswap.",
-            state="Nothing was changed.",
-        )
-    shared.reserved = rank
-    refresh(layer for _, layer in adapter_layers(model))
+    if shared is not None:
+        shared.reserved = rank
+        refresh(layer for _, layer in adapter_layers(model))
 
 
 def snapshot(model: nn.Module) -> list[tuple[tuple[str, ...], dict[str, float], bool]]:

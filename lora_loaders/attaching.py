@@ -18,13 +18,17 @@ from .adapter import Adapter, BufferMover
 from .deltas import Delta, LoraDelta
 from .errors import AdapterMismatchError, AdapterStateError
 from .families.rules import flatten
-from .layers.base_weight import adapter_device, adapter_dtype, logical_shape
+from .layers.base_weight import adapter_device, adapter_dtype, is_plain, logical_shape
 from .layers.kinds import Kind, kind_of
 from .layers.layer import AdapterLayer, Shared
 from .layers.slots import refresh
 
 ALIGNMENT = 64
 """Elements between the starts of neighbouring parameters in one buffer, so that each is aligned for any kernel."""
+
+
+RESERVED_RANK = "_lora_reserved_rank"
+"""Where a model notes the rank that hot-swapping is to have room for, before its first adapter comes."""
 
 
 class ModelLayout:
@@ -286,10 +290,11 @@ def _bind(
         return None, f"a {type(base).__name__} can carry no adapter"
     shape = delta.shape
     own = logical_shape(base)
+    tensors = delta.tensors()
+    for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
+        if bias.shape != own[:1]:
+            return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"
     if shape is None:
-        rows = delta.out_features
-        if rows not in (-1, own[0]):
-            return None, f"the adapter's bias has {rows} values, the module {own[0]} outputs"
         return Binding(component, path, module, kind, delta), None
     if delta.fits(own):
         return Binding(component, path, module, kind, fit(delta, own)), None
@@ -301,7 +306,9 @@ def _bind(
             ), None
         if shape[1] > own[1]:
             if may_widen:
-                return Binding(component, path, module, kind, delta, widens=True), None
+                hindrance = hinders_widening(module)
+                binding = Binding(component, path, module, kind, delta, widens=True)
+                return (None, hindrance) if hindrance else (binding, None)
             return None, (
                 f"the adapter is for a weight of shape {shape}, the module has {own}: a Control LoRA; "
                 "load it with FluxControlPipeline"
@@ -330,7 +337,7 @@ def check_name(name: str) -> None:
     Raises:
         AdapterStateError: empty, with a dot, or a word that module containers use themselves.
     """
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise AdapterStateError(
             f"{name!r} cannot name an adapter: names become part of parameter names",
             mend="Use a non-empty name without dots that is no method of a module.",
@@ -347,6 +354,7 @@ class _Undo:
     states: list[tuple[AdapterLayer, tuple[str, ...]]] = field(
         default_factory=list[tuple[AdapterLayer, tuple[str, ...]]]
     )
+    switched: list[tuple[Shared, bool]] = field(default_factory=list[tuple[Shared, bool]])
     widened: list[tuple[AdapterLayer, nn.Module]] = field(default_factory=list[tuple[AdapterLayer, nn.Module]])
 
 
@@ -363,7 +371,7 @@ def apply(
     Args:
         plan: what `plan_adapter` made.
         name: name of the new adapter.
-        activate: make it the only active adapter of its components, as diffusers does.
+        activate: make it the only active adapter of its components, as diffusers does, and enable them.
         requires_grad: whether its parameters are to be trained.
         dropout: dropout on its input while training.
 
@@ -375,14 +383,16 @@ def apply(
     check_name(name)
     undo = _Undo()
     try:
-        touched = {component: shared_of(plan.models[component]) or Shared() for component in plan.components}
+        touched = {component: _shared_for(plan.models[component]) for component in plan.components}
         layers = [_ensure_layer(b, plan.models[b.component], touched[b.component], undo) for b in plan.bindings]
         deltas = _settled(list(zip(plan.bindings, layers, strict=True)))
         for layer, delta in zip(layers, deltas, strict=True):
-            layer.add(name, delta, requires_grad=requires_grad, dropout=dropout)
             undo.added.append(layer)
+            layer.add(name, delta, requires_grad=requires_grad, dropout=dropout)
         if activate:
             for component in plan.components:
+                undo.switched.append((touched[component], touched[component].enabled))
+                touched[component].enabled = True
                 for _, layer in adapter_layers(plan.models[component]):
                     undo.states.append((layer, layer.active))
                     layer.active = (name,)
@@ -397,8 +407,10 @@ def _take_back(undo: _Undo, name: str) -> None:
         layer.remove(name)
     for layer, active in undo.states:
         layer.active = active
-    for layer, base in undo.widened:
-        layer.base_layer, layer.narrow_base = base, None
+    for shared, enabled in undo.switched:
+        shared.enabled = enabled
+    for layer, model in undo.widened:
+        narrow(layer, model)
     for parent, child, module in reversed(undo.installed):
         setattr(parent, child, module)
     refresh(layer for layer, _ in undo.states if layer.templates)
@@ -408,6 +420,11 @@ def shared_of(model: nn.Module) -> Shared | None:
     """The common state of a model's adapter layers, None if it has none."""
     layer = next(_walk(model, ""), None)
     return None if layer is None else layer[1].shared
+
+
+def _shared_for(model: nn.Module) -> Shared:
+    """The model's common state, made now if it has no adapter layer yet."""
+    return shared_of(model) or Shared(reserved=model.__dict__.get(RESERVED_RANK, 0))
 
 
 def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Undo) -> AdapterLayer:
@@ -422,14 +439,60 @@ def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Und
         layer = AdapterLayer(present, binding.kind, shared)
         setattr(parent, child, layer)
         undo.installed.append((parent, child, present))
-    if binding.widens and layer.narrow_base is None:
-        narrow = layer.base_layer
-        assert isinstance(narrow, nn.Linear)
+    if binding.widens:
         assert binding.delta.shape is not None
-        layer.base_layer = _widened(narrow, binding.delta.shape[1])
-        layer.narrow_base = narrow
-        undo.widened.append((layer, narrow))
+        undo.widened.append((layer, model))
+        widen(layer, model, binding.delta.shape[1])
     return layer
+
+
+def hinders_widening(module: nn.Module) -> str | None:
+    """Why the input of this layer cannot be widened now, None if it can."""
+    if not is_plain(base_of(module)):
+        return "a Control LoRA widens this layer, which a packed or quantised weight does not allow"
+    if not isinstance(module, AdapterLayer):
+        return None
+    if module.narrow_bases:
+        return "another Control LoRA has widened this layer to another size; delete it first"
+    if module.fused is not None:
+        fused = ", ".join(module.fused.coefficients)
+        return f"a Control LoRA widens this layer, into which {fused} is fused; call unfuse_lora() first"
+    stiff = [n for n in module.templates if not isinstance(module.delta(n), LoraDelta)]
+    return f"a Control LoRA widens this layer, which {', '.join(stiff)} does not allow" if stiff else None
+
+
+def widen(layer: AdapterLayer, model: nn.Module, inputs: int) -> None:
+    """Give a layer more inputs that it does not heed yet, its adapters too, and say so in the model's configuration."""
+    base = layer.base_layer
+    assert isinstance(base, nn.Linear)
+    before = base.in_features
+    layer.base_layer, layer.narrow_bases = _widened(base, inputs), (base,)
+    layer.resize_inputs(inputs)
+    _register_inputs(model, before, inputs)
+
+
+def narrow(layer: AdapterLayer, model: nn.Module) -> None:
+    """Undo `widen`: the layer of before returns, on the device and in the dtype that the wide one has by now."""
+    if not layer.narrow_bases:
+        return
+    base, wide = layer.narrow_bases[0], layer.base_layer
+    assert isinstance(base, nn.Linear)
+    assert isinstance(wide, nn.Linear)
+    weight = wide.weight.detach()[:, : base.in_features]
+    if (weight.device, weight.dtype) != (base.weight.device, base.weight.dtype):
+        base.weight.data = weight.contiguous()
+    base.bias = wide.bias
+    layer.base_layer, layer.narrow_bases = base, ()
+    layer.resize_inputs(base.in_features)
+    _register_inputs(model, wide.in_features, base.in_features)
+
+
+def _register_inputs(model: nn.Module, before: int, after: int) -> None:
+    """Pipelines read the number of channels from the configuration."""
+    config: Any = getattr(model, "config", None)
+    if config is not None and hasattr(model, "register_to_config") and config.get("in_channels") == before:
+        register: Any = model.register_to_config
+        register(in_channels=after)
 
 
 def _widened(narrow: nn.Linear, inputs: int) -> nn.Linear:
@@ -488,10 +551,11 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
         if layer.templates or layer.fused is not None or layer.shared.reserved:
             kept.append(layer)
         else:
+            narrow(layer, model)
             parent_path, _, child = path.rpartition(".")
             parent = _submodule(model, parent_path) if parent_path else model
             assert parent is not None
-            setattr(parent, child, layer.narrow_base or layer.base_layer)
+            setattr(parent, child, layer.base_layer)
     refresh(kept)
 
 

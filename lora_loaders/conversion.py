@@ -7,7 +7,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import formats
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, build
 from .deltas.unread import UnreadDelta
@@ -16,7 +15,7 @@ from .errors import ConversionError, MalformedAdapterError, UnknownFormatError
 from .families import FAMILIES, Family
 from .families.rules import Resolved
 from .files import Contents, read
-from .formats import RawModule
+from .formats import RawModule, is_embedding, read_modules
 from .locating import UNTOUCHED, HubOptions
 from .scaling import Scalings
 
@@ -91,8 +90,8 @@ def parse(
     families: Sequence[Family] = FAMILIES,
 ) -> Adapter:
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
-    modules, left, spelling = formats.read(list(contents.tensors))
-    embeddings = {key: contents.tensors[key] for key in left if formats.is_embedding(key)}
+    modules, left, spelling = read_modules(list(contents.tensors))
+    embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
     known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
         raise UnknownFormatError(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formats
 from .adapter import Adapter
 from .conversion import parse
 from .deltas import Delta, DoraDelta, LoraDelta, SparseDelta
 from .detection import rank_families
 from .files import Contents, adapter_config, read, read_header
+from .formats import read_modules
 from .locating import PICKLES, HubOptions, locate
 
 
@@ -139,7 +139,7 @@ def inspect_contents(contents: Contents, path: Path, family: str | None = None) 
 
 def likely_families(contents: Contents) -> list[str]:
     """The families that fit a file's names and shapes best, several if they fit equally well."""
-    modules, _, _ = formats.read(list(contents.tensors))
+    modules, _, _ = read_modules(list(contents.tensors))
     ranking = rank_families(modules, contents.tensors) if modules else []
     return [family.name for score, family in ranking if 0 < score == ranking[0][0]]
 

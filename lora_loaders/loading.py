@@ -1,25 +1,25 @@
 """One load, from a source to attached layers: read, plan all components, check, apply, report."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from .adapter import Adapter
-from .attaching import AttachPlan, ModelLayout, adapter_layers, apply, detach_adapters, plan_adapter
+from .attaching import AttachPlan, ModelLayout, adapter_layers, apply, detach_adapters, plan_adapter, shared_of
 from .conversion import parse, with_live_names
 from .detection import rank_families
 from .errors import AdapterMismatchError, AdapterStateError
 from .families import FAMILIES, Family
 from .files import Contents
+from .formats import read_modules
 from .fusing import fused_adapters
-from .integrations.scale import watch_scale
+from .integrations.scale import unwatch_scale, watch_scale
 from .tuning.config import LoraConfig, config_of
 
 logger = logging.getLogger(__name__)
-INCOMING = "incoming"
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,39 @@ def load(
     chosen = _check_name(name, present, hotswap)
     plan = plan_contents(models, contents, family, may_widen=may_widen)
     _check_plan(plan, chosen, family, contents, strict)
-    touched = {component: models[component] for component in plan.components}
-    apply(plan, INCOMING if hotswap else chosen)
+    configs = {component: config_of(plan.adapter, component) for component in plan.components}
     if hotswap:
-        _swap_in(touched, models, chosen)
-    for component, model in touched.items():
-        adapter_config = config_of(plan.adapter, component)
-        model.__dict__.setdefault("peft_config", {})[chosen] = adapter_config
-        model.__dict__["_hf_peft_config_loaded"] = True
-        watch_scale(model)
+        _swap(plan, models, chosen)
+    else:
+        apply(plan, chosen)
+    for component, config in configs.items():
+        register(models[component], chosen, config)
     _tell(plan, chosen)
     embeddings = tuple(plan.adapter.embeddings)
     return LoadReport(chosen, plan.family, plan.format, plan.components, plan.unmatched, plan.ignored, embeddings)
+
+
+def register(model: nn.Module, name: str, config: LoraConfig) -> None:
+    """Note an adapter where diffusers and PEFT look for it, and let the model's forward take a scale."""
+    model.__dict__.setdefault("peft_config", {})[name] = config
+    model.__dict__["_hf_peft_config_loaded"] = True
+    watch_scale(model)
+
+
+def unregister(model: nn.Module, name: str) -> None:
+    """Undo `register`; after the last adapter the gradients, hooks and flags of before are back."""
+    configs: dict[str, LoraConfig] = model.__dict__.get("peft_config", {})
+    configs.pop(name, None)
+    if configs:
+        return
+    model.__dict__.pop("peft_config", None)
+    model.__dict__.pop("_hf_peft_config_loaded", None)
+    shared = shared_of(model)
+    if shared is not None:
+        unwatch_scale(model)
+        shared.reserved = 0
+        for parameter in shared.frozen:
+            parameter.requires_grad_(True)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -177,9 +198,7 @@ def _guess(contents: Contents | Adapter, family: Family | None) -> str:
     if isinstance(contents, Adapter):
         likely = contents.family
     else:
-        from . import formats
-
-        modules, _, _ = formats.read(list(contents.tensors))
+        modules, _, _ = read_modules(list(contents.tensors))
         ranking = rank_families(modules, contents.tensors) if modules else []
         likely = ranking[0][1].name if ranking and ranking[0][0] > 0.5 else None
     if likely is None or (family is not None and likely == family.name):
@@ -187,26 +206,41 @@ def _guess(contents: Contents | Adapter, family: Family | None) -> str:
     return f"It looks like a file for {likely}" + (f", this is {family.name}." if family else ".")
 
 
-def _swap_in(touched: Mapping[str, nn.Module], models: Mapping[str, nn.Module], name: str) -> None:
-    """Put the incoming adapter in the place of the one it replaces, weights and activity kept."""
-    for component, model in models.items():
-        if name not in adapter_names(model):
-            continue
+def _swap(plan: AttachPlan, models: Mapping[str, nn.Module], name: str) -> None:
+    """Put a plan's adapter in the place of the one of this name, whose weight and activity it takes over."""
+    holders = {component: model for component, model in models.items() if name in adapter_names(model)}
+    for component, model in holders.items():
         if name in fused_adapters(model):
-            detach_adapters(model, [INCOMING])
             raise AdapterStateError(
                 f"adapter {name!r} is fused into {component} and cannot be swapped",
                 mend="Call unfuse_lora() first.",
                 state="Nothing was changed.",
             )
-    for model in models.values():
-        if name in adapter_names(model):
-            detach_adapters(model, [name])
-    for model in touched.values():
+    active = any(name in layer.active for model in holders.values() for _, layer in adapter_layers(model))
+    weight = _common_weight(holders.values(), name)
+    before = {c: layers[0][1].active for c, model in models.items() if (layers := adapter_layers(model))}
+    incoming = f"incoming_{name}"
+    apply(plan, incoming, activate=False)
+    for component in holders.keys() | plan.components.keys():
+        model = models[component]
+        others = before.get(component, ())
         for _, layer in adapter_layers(model):
-            layer.active = tuple(name if other == INCOMING else other for other in layer.active)
-            if INCOMING in layer.templates:
-                layer.rename(INCOMING, name)
+            own = layer.weights.get(name, weight)
+            layer.remove(name)
+            if incoming in layer.templates:
+                layer.rename(incoming, name)
+                layer.weights[name] = own
+            layer.active = (*others, name) if active and name not in others else others
+        if component not in plan.components:
+            unregister(model, name)
+        detach_adapters(model, [])
+
+
+def _common_weight(models: Iterable[nn.Module], name: str) -> float:
+    """The weight that all layers of an adapter share, 1 if they do not."""
+    layers = (layer for model in models for _, layer in adapter_layers(model))
+    weights = {layer.weights[name] for layer in layers if name in layer.templates}
+    return weights.pop() if len(weights) == 1 else 1.0
 
 
 def _tell(plan: AttachPlan, name: str) -> None:

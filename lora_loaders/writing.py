@@ -180,9 +180,8 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
     number = family.encoder_number(component) if is_encoder and family else ""
     if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
         return template.format(component=component)
-    is_denoiser = component == (family.denoiser if family else component)
-    if not is_encoder and not is_denoiser:
-        return f"{component}."
+    if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
+        return None  # which of two denoisers is meant stands in no key
     return template.format(
         component=component, number=number, encoder=family.encoders.get(component, "") if family else ""
     )
@@ -192,6 +191,11 @@ def _tells(component: str, family: Family) -> bool:
     """Whether names alone say which component they are of: those of the second CLIP of a pair do not."""
     names = family.components[component]
     return component == next(other for other, known in family.components.items() if known is names)
+
+
+def _is_routed(component: str, family: Family) -> bool:
+    """Whether the denoiser's own names hold this component's modules (Anima's text conditioner)."""
+    return any(rule.component == component for rule in family.components[family.denoiser].rules)
 
 
 def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> list[tuple[str, Delta]]:

@@ -60,7 +60,7 @@ def shapes_of(manifest: Manifest, models: Mapping[str, nn.Module]) -> Shapes:
         return {key: shape for key, shape in manifest.shapes.items() if shape is not None}
     family = family_named(manifest.family)
     layout = layout_of(family, models)
-    modules, left, _ = formats.read(completed(manifest))
+    modules, left, _ = formats.read_modules(completed(manifest))
     shapes: Shapes = dict.fromkeys(left, (1,))
     for module in modules:
         rows, columns, kernel = weight_shape(module, family, layout)

@@ -171,7 +171,7 @@ def pipeline(family: str, seed: int = 0) -> Any:
             text_encoder=clip(),
             tokenizer=words,
             unet=unet(),
-            scheduler=diffusers.DDIMScheduler(),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -184,7 +184,7 @@ def pipeline(family: str, seed: int = 0) -> Any:
             tokenizer=words,
             tokenizer_2=WordTokenizer(),
             unet=unet(sdxl=True),
-            scheduler=diffusers.DDIMScheduler(),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
             add_watermarker=False,
         )
     elif family in ("flux1", "flux1-control"):

@@ -30,7 +30,7 @@ def format_named(name: str) -> Format:
     raise ValueError(f"no format {name!r}; there are {', '.join(form.name for form in FORMATS)}")
 
 
-def read(keys: Sequence[str]) -> tuple[list[RawModule], dict[str, str], str]:
+def read_modules(keys: Sequence[str]) -> tuple[list[RawModule], dict[str, str], str]:
     """Group a file's keys by module.
 
     Returns:

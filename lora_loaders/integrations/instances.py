@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lora_loaders.activity import unload
+from lora_loaders.attaching import RESERVED_RANK
 from lora_loaders.loading import adapter_names
 from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraPipelineMixin
@@ -45,6 +46,7 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
         if adapter_names(model):
             unload(model, keep_fused=keep_fused)
     for instance in (*models, target):
+        instance.__dict__.pop(RESERVED_RANK, None)
         _unequip(instance)
     return target
 

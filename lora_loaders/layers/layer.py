@@ -81,7 +81,7 @@ class AdapterLayer(nn.Module):
         self.dropouts: dict[str, float] = {}
         self.active: tuple[str, ...] = ()
         self.fused: Any = None
-        self.narrow_base: nn.Module | None = None
+        self.narrow_bases: tuple[nn.Module, ...] = ()  # the base before widening; in a tuple it is no submodule
         self.training = base_layer.training
         self._modules["base_layer"] = base_layer
         for name in self.SLOTS:
@@ -95,6 +95,9 @@ class AdapterLayer(nn.Module):
 
     def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
         """Register one adapter's tensors as parameters; it is not active yet."""
+        self.templates[name] = delta.map_tensors(lambda tensor: torch.empty(0))
+        self.weights[name] = 1.0
+        self.dropouts[name] = dropout
         for slot, tensor in delta.tensors().items():
             container, leaf = self._place(delta, slot)
             data = tensor.detach()
@@ -105,20 +108,19 @@ class AdapterLayer(nn.Module):
                 self._factor(container, name)._parameters[leaf] = parameter
             else:
                 self._container(container, nn.ParameterDict)[name] = parameter
-        self.templates[name] = delta.map_tensors(lambda tensor: torch.empty(0))
-        self.weights[name] = 1.0
-        self.dropouts[name] = dropout
 
     def remove(self, name: str) -> None:
-        """Forget one adapter; containers that are left empty go too."""
-        for slot in self.templates[name].tensors():
-            container, _ = self._place(self.templates[name], slot)
+        """Forget one adapter, half-registered ones too; containers that are left empty go."""
+        template = self.templates.pop(name, None)
+        for slot in template.tensors() if template is not None else ():
+            container, _ = self._place(template, slot)
             entries = self._modules.get(container)
             if entries is not None and name in entries:  # type: ignore[operator]
                 del entries[name]  # type: ignore[attr-defined]
             if entries is not None and len(entries) == 0:  # type: ignore[arg-type]
                 del self._modules[container]
-        del self.templates[name], self.weights[name], self.dropouts[name]
+        self.weights.pop(name, None)
+        self.dropouts.pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
 
     def delta(self, name: str) -> Delta:
@@ -143,6 +145,14 @@ class AdapterLayer(nn.Module):
             table[new] = table.pop(old)  # type: ignore[assignment]
         self.active = tuple(new if name == old else name for name in self.active)
 
+    def resize_inputs(self, inputs: int) -> None:
+        """Cut or pad every low-rank adapter's `down` to so many inputs; padding is zero."""
+        for name in self.templates:
+            down = self.delta(name).tensors().get("down")
+            if down is not None and down.shape[1] != inputs:
+                down.data = F.pad(down.detach(), (0, inputs - down.shape[1]))
+        self.set_slot("slot_down", None)
+
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter."""
         return [tensor for tensor in self._raw(name) if isinstance(tensor, nn.Parameter)]
@@ -164,7 +174,7 @@ class AdapterLayer(nn.Module):
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
         if name not in self._modules:
-            self._modules[name] = kind()
+            self._modules[name] = kind().train(self.training)
         return self._modules[name]
 
     def _factor(self, container: str, name: str) -> nn.Module:

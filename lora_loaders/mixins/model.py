@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_loaders import activity, fusing
+import lora_loaders.activity as activity
+import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents, read
-from lora_loaders.integrations.scale import watch_scale
-from lora_loaders.loading import LoadReport, adapter_names, family_of, load
+from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
 from lora_loaders.tuning.adding import add_adapter
@@ -115,9 +115,7 @@ class LoraModelMixin(nn.Module):
             raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
         component, _ = self._lora_component(None)
         config = add_adapter(self, adapter_config, adapter_name, component)
-        self.__dict__.setdefault("peft_config", {})[adapter_name] = config
-        self.__dict__["_hf_peft_config_loaded"] = True
-        watch_scale(self)
+        register(self, adapter_name, config)
 
     # Switching
 

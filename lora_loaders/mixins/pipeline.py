@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_loaders import activity, fusing
+import lora_loaders.activity as activity
+import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import shared_of, without_layers
 from lora_loaders.errors import AdapterStateError
@@ -241,8 +242,8 @@ class LoraPipelineMixin:
             activity.move(model, names, device)
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
-        """Give every adapted layer room for this rank, so that swapping finds the same storage."""
-        for model in self._adapted():
+        """Give every adapted layer, present or coming, room for this rank, so that swapping finds the same storage."""
+        for model in self.lora_components.values():
             activity.reserve(model, target_rank)
 
     # Fusing

@@ -148,12 +148,12 @@ def test_formats_are_found_by_name_and_no_two_share_one() -> None:
 
 
 def test_numbered_files_are_told_from_named_ones() -> None:
-    modules, left, name = formats.read(["unet:0:up", "unet:0:down", "text_encoder:11:up", "<s1>"])
+    modules, left, name = formats.read_modules(["unet:0:up", "unet:0:down", "text_encoder:11:up", "<s1>"])
     assert name == "indexed"
     assert [(m.component, m.name, set(m.keys)) for m in modules] == [
         ("unet", "#0", {"up", "down"}),
         ("text_encoder", "#11", {"up"}),
     ]
     assert set(left) == {"<s1>"}
-    assert formats.read(["unet:0:up", "unet.conv_in.lora_A.weight"])[2] != "indexed"
-    assert formats.read([]) == ([], {}, "unknown")
+    assert formats.read_modules(["unet:0:up", "unet.conv_in.lora_A.weight"])[2] != "indexed"
+    assert formats.read_modules([]) == ([], {}, "unknown")
