@@ -13,17 +13,20 @@ PACKAGE = Path(lora_loaders.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 LONGEST = 400
 
+READING = {"adapter", "deltas", "detection", "errors", "families", "files", "formats", "locating", "scaling"}
 # Room -> the rooms it may import from. A room that is not named here may import from any, but never in a circle.
 BELOW: dict[str, set[str]] = {
     "errors": set(),
-    "files": {"errors"},
+    "locating": {"errors"},
+    "files": {"errors", "locating"},
     "deltas": {"errors"},
     "adapter": {"deltas", "errors"},
     "scaling": {"deltas", "errors"},
     "formats": {"adapter", "deltas", "errors"},
     "families": {"adapter", "deltas", "errors"},
-    "conversion": {"adapter", "deltas", "errors", "families", "files", "formats", "scaling"},
-    "writing": {"adapter", "conversion", "deltas", "errors", "families", "files", "formats", "scaling"},
+    "detection": {"errors", "families", "formats"},
+    "conversion": READING,
+    "writing": READING | {"conversion"},
     "layers": {"deltas", "errors"},
     # A live model's names are flattened by the same rule as those of a file.
     "attaching": {"adapter", "deltas", "errors", "families", "layers"},
