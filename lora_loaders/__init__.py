@@ -1,7 +1,6 @@
 """lora_loaders: LoRA-type adapters for diffusers, loaded whole or not at all, fused and unfused to the bit."""
 
 from .adapter import Adapter
-from .attaching import AttachPlan
 from .conversion import read_adapter
 from .deltas import Delta
 from .errors import (
@@ -29,6 +28,7 @@ from .mixins.families import (
 from .mixins.model import LoraModelMixin
 from .mixins.pipeline import LoraPipelineMixin
 from .planning import plan
+from .plans import AttachPlan
 from .tuning.config import LoraConfig
 from .writing import convert, write_adapter
 

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attaching import RESERVED_RANK, adapter_layers, detach_adapters, shared_of
+from .attaching import RESERVED_RANK, detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
 from .layers.slots import refresh
+from .layout import adapter_layers, shared_of
 from .loading import adapter_names, unregister
 from .weights import by_path, one_each
 

@@ -22,7 +22,6 @@ from typer.core import TyperGroup
 
 from .adapter import Adapter
 from .architectures import Blueprint, build, build_all, find_blueprints, is_text_encoder
-from .attaching import AttachPlan
 from .conversion import parse
 from .detection import family_named
 from .errors import AdapterFileError, LoraLoadersError
@@ -32,6 +31,7 @@ from .formats import FORMATS
 from .inspecting import inspect_contents, likely_families, open_contents
 from .loading import family_of, layout_of, may_widen, plan_contents
 from .locating import DEFAULT_NAMES, PICKLES, HubOptions
+from .plans import AttachPlan
 from .tables import counted, grouped, in_bytes, show_inspection, show_notes, show_plan
 from .writing import convert as convert_adapter
 

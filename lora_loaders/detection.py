@@ -13,8 +13,6 @@ from .formats import RawModule
 logger = logging.getLogger(__name__)
 SAMPLE = 96
 """Modules that are looked at; families differ in most of their names, so more tell no more."""
-OTHER_SIZE = 0.25
-"""A known name with a width that no published model has: perhaps a size that was never published."""
 
 
 def family_named(name: str, families: Sequence[Family] = FAMILIES) -> Family:
@@ -42,7 +40,7 @@ def choose_family(
     if wanted is not None:
         return family_named(wanted, families)
     ranking = rank_families(modules, tensors, families)
-    if not ranking or ranking[0][0] == 0:
+    if not ranking or ranking[0][0][0] == 0:
         return None
     best = [family for score, family in ranking if score == ranking[0][0]]
     if len(best) > 1:
@@ -50,27 +48,40 @@ def choose_family(
     return best[0]
 
 
+Score = tuple[float, float]
+"""Share of modules whose name a family knows, and share whose width is one that its published models have."""
+
+
 def rank_families(
     modules: Sequence[RawModule], tensors: Mapping[str, Tensor], families: Sequence[Family] = FAMILIES
-) -> list[tuple[float, Family]]:
-    """Families by the share of modules whose name they know and whose shape does not contradict them, best first."""
+) -> list[tuple[Score, Family]]:
+    """Families by how well they explain a file, best first; names go before widths.
+
+    A width that no published model has tells nothing: small models and new sizes have names like the published ones.
+    """
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
     denoising = [m for m in modules if not m.component.startswith(("te", "encoder:"))] or list(modules)
     sample = denoising[:: max(1, len(denoising) // SAMPLE)]
-    scores = [(sum(_score(module, tensors, family) for module in sample) / len(sample), family) for family in families]
-    return sorted(scores, key=lambda pair: -pair[0])
+    ranking: list[tuple[Score, Family]] = []
+    for family in families:
+        scores = [_score(module, tensors, family) for module in sample]
+        names, widths = (sum(part) / len(sample) for part in zip(*scores, strict=True))
+        ranking.append(((names, widths), family))
+    return sorted(ranking, key=lambda pair: pair[0], reverse=True)
 
 
-def _score(module: RawModule, tensors: Mapping[str, Tensor], family: Family) -> float:
-    """1 where name and telling widths fit, 0 where the name is unknown, little where a width contradicts."""
+def _score(module: RawModule, tensors: Mapping[str, Tensor], family: Family) -> tuple[bool, bool]:
+    """Whether the family knows the name, and whether it has a published width there that is this one."""
     readings = readings_of(module, family)
     if not readings:
-        return 0.0
+        return False, False
     component, reading = readings[0]
+    path = reading.paths[0]
     shapes = {slot: tensors[key].shape for slot, key in module.keys.items() if tensors[key].ndim >= 2}
     out_features = shapes["up"][0] if "up" in shapes and len(reading.paths) == 1 else None
     in_features = shapes["down"][1] if "down" in shapes else None
-    return 1.0 if family.fits(component, reading.paths[0], out_features, in_features) else OTHER_SIZE
+    known = bool(shapes) and family.tells(component, path)
+    return True, known and family.fits(component, path, out_features, in_features)
 
 
 def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:

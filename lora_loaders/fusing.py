@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attaching import adapter_layers
 from .deltas import Delta, Factors
-from .errors import AdapterStateError
+from .errors import AdapterStateError, UnsupportedBaseError
 from .layers.base_weight import is_plain, read_weight
 from .layers.layer import AdapterLayer
 from .layers.slots import refresh
+from .layout import adapter_layers
 
 logger = logging.getLogger(__name__)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -135,7 +135,7 @@ def fuse(
         new = {name: layer.weights[name] * lora_scale for name in chosen if name in layer.templates}
         if new:
             wanted.append((layer, {**(layer.fused.coefficients if layer.fused else {}), **new}))
-    _rewrite(model, wanted, safe_fusing)
+    _rewrite(wanted, safe_fusing)
 
 
 def unfuse(model: nn.Module, names: Sequence[str] | None = None) -> None:
@@ -154,7 +154,22 @@ def unfuse(model: nn.Module, names: Sequence[str] | None = None) -> None:
             keep = {} if names is None else {n: c for n, c in layer.fused.coefficients.items() if n not in names}
             if keep != layer.fused.coefficients:
                 wanted.append((layer, keep))
-    _rewrite(model, wanted, safe_fusing=False)
+    _rewrite(wanted, safe_fusing=False)
+
+
+FusedState = list[tuple[AdapterLayer, dict[str, float]]]
+
+
+def fused_state(model: nn.Module) -> FusedState:
+    """What is fused into each layer and how strongly, for `restore_fused`."""
+    return [
+        (layer, dict(layer.fused.coefficients) if layer.fused is not None else {}) for _, layer in adapter_layers(model)
+    ]
+
+
+def restore_fused(state: FusedState) -> None:
+    """Bring a model back to what was fused then, to the bit."""
+    _rewrite(state, safe_fusing=False)
 
 
 def _check_names(layers: Sequence[AdapterLayer], names: Sequence[str] | None) -> None:
@@ -168,7 +183,7 @@ def _check_names(layers: Sequence[AdapterLayer], names: Sequence[str] | None) ->
         )
 
 
-def _rewrite(model: nn.Module, wanted: Sequence[tuple[AdapterLayer, dict[str, float]]], safe_fusing: bool) -> None:
+def _rewrite(wanted: Sequence[tuple[AdapterLayer, dict[str, float]]], safe_fusing: bool) -> None:
     """Bring each layer to its wanted set of fused adapters; all or none."""
     unwritable = [layer for layer, _ in wanted if not is_plain(layer.base_layer)]
     if unwritable:
@@ -268,6 +283,12 @@ def _fuse_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> tuple[
     present: Any = getattr(base, "bias", None)
     if not changes:
         return None, present is not None
+    if not hasattr(base, "bias"):
+        raise UnsupportedBaseError(
+            f"a {type(base).__name__} has no bias, so an adapter's cannot be fused into it",
+            mend="Use the adapter unfused.",
+            state="Nothing was fused.",
+        )
     weight: Any = base.weight
     total = sum((bias.detach().float() * c for bias, c in changes), torch.zeros((), device=weight.device))
     if present is None:
@@ -289,6 +310,6 @@ def _restore(layer: AdapterLayer) -> None:
         weight.copy_(original)
     if fused.bias is not None:
         base.bias.data.copy_(fused.bias)
-    elif not fused.had_bias and base.bias is not None:
+    elif not fused.had_bias and getattr(base, "bias", None) is not None:
         base.register_parameter("bias", None)
     layer.fused = None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter
-from .attaching import AttachPlan, ModelLayout, adapter_layers, apply, detach_adapters, plan_adapter, shared_of
+from .attaching import apply, detach_adapters
 from .conversion import parse, with_live_names
 from .detection import rank_families
 from .errors import AdapterMismatchError, AdapterStateError
@@ -17,6 +17,8 @@ from .files import Contents
 from .formats import read_modules
 from .fusing import fused_adapters
 from .integrations.scale import unwatch_scale, watch_scale
+from .layout import ModelLayout, adapter_layers, shared_of
+from .plans import AttachPlan, plan_adapter
 from .tuning.config import LoraConfig, config_of
 
 logger = logging.getLogger(__name__)
@@ -200,7 +202,7 @@ def _guess(contents: Contents | Adapter, family: Family | None) -> str:
     else:
         modules, _, _ = read_modules(list(contents.tensors))
         ranking = rank_families(modules, contents.tensors) if modules else []
-        likely = ranking[0][1].name if ranking and ranking[0][0] > 0.5 else None
+        likely = ranking[0][1].name if ranking and ranking[0][0][0] > 0.5 else None
     if likely is None or (family is not None and likely == family.name):
         return "`lora-loaders inspect` shows what the file holds."
     return f"It looks like a file for {likely}" + (f", this is {family.name}." if family else ".")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .attaching import AttachPlan
 from .files import Contents, read
 from .loading import family_of, may_widen, plan_contents
 from .locating import HubOptions
 from .mixins.pipeline import LoraPipelineMixin
+from .plans import AttachPlan
 
 
 def plan(

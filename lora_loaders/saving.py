@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from .adapter import Adapter
-from .attaching import adapter_layers
 from .deltas import Delta
 from .errors import AdapterStateError
 from .families import Family
+from .layout import adapter_layers
 from .loading import adapter_names
 from .tuning.config import LoraConfig
 

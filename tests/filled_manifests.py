@@ -10,10 +10,10 @@ from shared_files import Manifest
 from torch import Tensor, nn
 
 from lora_loaders import formats
-from lora_loaders.attaching import ModelLayout, base_of
 from lora_loaders.detection import family_named
 from lora_loaders.families import Family
 from lora_loaders.formats import RawModule
+from lora_loaders.layout import ModelLayout, base_of
 
 RANK = 4
 SHRINK = 16

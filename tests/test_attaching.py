@@ -13,7 +13,7 @@ from tiny_models import Made, adapter_file, components_of, flux, photograph, pip
 from torch import Tensor, nn
 
 import lora_loaders as ll
-from lora_loaders import attaching
+from lora_loaders import attaching, widening
 from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import apply, detach_adapters
 from lora_loaders.deltas import build
@@ -403,9 +403,9 @@ def test_a_failed_control_load_narrows_everything_again(monkeypatch: pytest.Monk
     pipe: Any = ll.attach(pipeline("flux1-control"))
     pipe.load_lora_weights(adapter_file(pipe, components=["transformer"], only="x_embedder").tensors, "a")
     before = photograph(pipe)
-    for name, call in (("_settled", 1), ("_widened", 1), ("refresh", 1)):
+    for owner, name in ((attaching, "_settled"), (widening, "_widened"), (attaching, "refresh")):
         with monkeypatch.context() as patch:
-            raising_at(patch, attaching, name, call)
+            raising_at(patch, owner, name, 1)
             with pytest.raises(Injected):
                 pipe.load_lora_weights(control_file(pipe).tensors, "control")
         assert before.differences(photograph(pipe)) == []

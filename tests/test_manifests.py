@@ -9,10 +9,10 @@ from random_files import accounts
 from shared_files import Manifest, manifests, needs_shared
 from torch import nn
 
-from lora_loaders.attaching import AttachPlan, plan_adapter
 from lora_loaders.conversion import parse
 from lora_loaders.detection import family_named
 from lora_loaders.files import Contents
+from lora_loaders.plans import AttachPlan, plan_adapter
 
 pytestmark = needs_shared
 ENCODERS = {

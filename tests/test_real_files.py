@@ -11,11 +11,12 @@ from shared_files import needs_shared, shared_file
 from torch import Tensor, nn
 
 from lora_loaders.adapter import Adapter
-from lora_loaders.attaching import ModelLayout, plan_adapter
 from lora_loaders.conversion import parse, read_adapter
 from lora_loaders.deltas import LoraDelta
 from lora_loaders.errors import ConversionError
 from lora_loaders.files import Contents
+from lora_loaders.layout import ModelLayout
+from lora_loaders.plans import plan_adapter
 from lora_loaders.writing import to_tensors, write_adapter
 
 pytestmark = needs_shared

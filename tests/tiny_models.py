@@ -348,7 +348,7 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_adapters(key: str) -> bool:
-    return re.search(r"\.(lora_|hada_|lokr_|oft_|diff|set_weight|a1|a2|b1|b2)", key) is not None
+    return re.search(r"\.(lora_|hada_|lokr_|oft_|ia3_|diff|set_weight|a1|a2|b1|b2)", key) is not None
 
 
 def changed_bits(before: dict[str, Tensor], model: nn.Module) -> list[str]:

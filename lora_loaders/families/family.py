@@ -101,6 +101,10 @@ class Family:
             for sizes in known
         )
 
+    def tells(self, component: str, path: str) -> bool:
+        """Whether this path is among those whose width tells the family."""
+        return bool(self._known_shapes(component, path))
+
     def _known_shapes(self, component: str, path: str) -> list[tuple[int | None, int | None]]:
         flat = flatten(path)
         rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())

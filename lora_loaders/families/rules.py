@@ -254,7 +254,10 @@ class Writing:
     """Diffusers names -> names of a dialect, fused rows regrouped."""
 
     def __init__(self, names: Names, dialect: Dialect) -> None:
-        rules = [rule for rule in names.rules if rule.dialect == dialect and rule.written and rule.component is None]
+        # What OMI has no words of its own for, it calls as the original does; its own rows come first.
+        spoken = ("omi", "original") if dialect == "omi" else (dialect,)
+        written = [rule for rule in names.rules if rule.written and rule.component is None]
+        rules = [rule for own in spoken for rule in written if rule.dialect == own]
         plain = [rule for rule in rules if not rule.source.endswith("**")]
         self._rules = _index(_Template(target, rule) for rule in plain for target in rule.targets)
         self._wildcards = [rule for rule in rules if rule.source.endswith("**")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_loaders.attaching import shared_of
+from lora_loaders.layout import shared_of
 
 SPELLINGS = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 

@@ -23,6 +23,7 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "magnitude": ("lora_magnitude_vector", "weight"),
     "bias": ("diff_b", ""),
     "value": ("set_weight", ""),
+    "weight": ("ia3_l", ""),
 }
 EMBEDDING_PARAMETERS: Mapping[str, tuple[str, str]] = {"up": ("lora_embedding_A", ""), "down": ("lora_embedding_B", "")}
 
@@ -113,7 +114,7 @@ class AdapterLayer(nn.Module):
         """Forget one adapter, half-registered ones too; containers that are left empty go."""
         template = self.templates.pop(name, None)
         for slot in template.tensors() if template is not None else ():
-            container, _ = self._place(template, slot)
+            container, _ = self._place(template, slot)  # pyright: ignore[reportArgumentType]
             entries = self._modules.get(container)
             if entries is not None and name in entries:  # type: ignore[operator]
                 del entries[name]  # type: ignore[attr-defined]

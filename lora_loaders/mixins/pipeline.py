@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
-from lora_loaders.attaching import shared_of, without_layers
+from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents
+from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
@@ -271,16 +272,14 @@ class LoraPipelineMixin:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if names is not None:
             activity.require(names, (n for listed in self.get_list_adapters().values() for n in listed))
-        done: list[tuple[nn.Module, set[str]]] = []
+        before = [fusing.fused_state(model) for model in models]
         try:
             for model in models:
                 own = None if names is None else [name for name in names if name in self._names(model)]
-                before = fusing.fused_adapters(model)
                 fusing.fuse(model, own, lora_scale=lora_scale, safe_fusing=safe_fusing)
-                done.append((model, before))
         except BaseException:
-            for model, before in done:
-                fusing.unfuse(model, [name for name in fusing.fused_adapters(model) if name not in before])
+            for state in before:
+                fusing.restore_fused(state)
             raise
 
     @staticmethod

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_loaders.adapter import Adapter
-from lora_loaders.attaching import AttachPlan, apply, named_bases, plan_adapter, shared_of
+from lora_loaders.attaching import apply
 from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
 from lora_loaders.errors import AdapterMismatchError
 from lora_loaders.layers.base_weight import logical_shape, read_weight
 from lora_loaders.layers.kinds import kind_of
+from lora_loaders.layout import named_bases, shared_of
+from lora_loaders.plans import AttachPlan, plan_adapter
 
 from .config import LoraConfig, accept
 

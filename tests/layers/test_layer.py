@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_loaders.adapter import Adapter
-from lora_loaders.attaching import adapter_layers, apply, detach_adapters, plan_adapter
+from lora_loaders.attaching import apply, detach_adapters
 from lora_loaders.deltas import Delta, build
 from lora_loaders.layers.layer import AdapterLayer
 from lora_loaders.layers.slots import refresh
+from lora_loaders.layout import adapter_layers
+from lora_loaders.plans import plan_adapter
 
 torch.manual_seed(0)
 Slots = dict[str, Tensor]

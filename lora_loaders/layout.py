@@ -1,0 +1,134 @@
+"""A live model seen as names: where a module stands, how large it is, and which layers carry adapters."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+
+from torch import nn
+
+from .families.rules import NUMBER, flatten
+from .layers.base_weight import logical_shape
+from .layers.kinds import kind_of
+from .layers.layer import AdapterLayer, Shared
+
+
+class ModelLayout:
+    """Names and sizes of a pipeline's live components, for the names layer; see `conversion.Layout`.
+
+    Args:
+        components: component name -> model.
+        optional_prefixes: component -> leading path parts that some versions of its class lack.
+    """
+
+    def __init__(
+        self, components: Mapping[str, nn.Module], optional_prefixes: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        self.components = components
+        self._prefixes = optional_prefixes or {}
+        self._flat: dict[str, dict[str, str]] = {}
+
+    def module(self, component: str, path: str) -> tuple[str, nn.Module] | None:
+        """The live module at a path and its true path; optional prefixes may be missing, containers mean their `.0`."""
+        model = self.components.get(component)
+        if model is None:
+            return None
+        for candidate in self._spellings(component, path):
+            module = submodule_at(model, candidate)
+            if module is None:
+                continue
+            if isinstance(module, AdapterLayer) or kind_of(module) is not None or not len(list(module.children())):
+                return candidate, module
+            first = submodule_at(module, "0")
+            if isinstance(first, AdapterLayer) or (first is not None and kind_of(first) is not None):
+                return f"{candidate}.0", first
+        return None
+
+    def _spellings(self, component: str, path: str) -> Iterator[str]:
+        spellings = {path: None}
+        for prefix in self._prefixes.get(component, ()):
+            spellings |= {p.replace(prefix, "", 1) if prefix in p else prefix + p: None for p in list(spellings)}
+        yield from spellings
+
+    def rows(self, component: str, path: str) -> int | None:
+        """Output rows of the module at this path."""
+        found = self.module(component, path)
+        base = found and base_of(found[1])
+        return logical_shape(base)[0] if base is not None and getattr(base, "weight", None) is not None else None
+
+    def blocks(self, component: str, path: str) -> int | None:
+        """Length of the module list that the path's first number indexes."""
+        model = self.components.get(component)
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        blocks = None if model is None or at is None else submodule_at(model, ".".join(parts[:at]))
+        return len(blocks) if isinstance(blocks, nn.ModuleList) else None
+
+    def find(self, component: str, name: str) -> str | None:
+        """The path of the module that a name, dotted or flattened, means."""
+        model = self.components.get(component)
+        if model is None:
+            return None
+        if component not in self._flat:
+            paths = (path for path, module in named_bases(model) if kind_of(module) is not None)
+            self._flat[component] = {flatten(path): path for path in paths}
+        flat = flatten(name)
+        return self._flat[component].get(flat, self._flat[component].get(f"{flat}_0"))
+
+    def nearest(self, component: str, path: str) -> str | None:
+        """The most similar path that exists, for messages."""
+        model = self.components.get(component)
+        if model is None:
+            return None
+        paths = [name for name, module in named_bases(model) if kind_of(module) is not None]
+        patterns: dict[str, list[str]] = {}
+        for name in paths:
+            patterns.setdefault(NUMBER.sub("#", name), []).append(name)
+        # A model has thousands of paths and some dozens of patterns; similarity is slow to compute.
+        close = get_close_matches(NUMBER.sub("#", path), patterns, n=1, cutoff=0.7)
+        numbers = [int(number) for number in NUMBER.findall(path)]
+
+        def distance(name: str) -> int:
+            own = (int(number) for number in NUMBER.findall(name))
+            return sum(abs(one - other) for one, other in zip(own, numbers, strict=False))
+
+        return min(patterns[close[0]], key=distance) if close else None
+
+
+def submodule_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None where there is none."""
+    module: nn.Module | None = model
+    for part in path.split("."):
+        child = getattr(module, part, None)
+        module = child if isinstance(child, nn.Module) else None
+    return module
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base layer of an adapter layer, or the module itself."""
+    return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
+    """Every adapter layer of a model with its path."""
+    return list(_walk(model, ""))
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, AdapterLayer]]:
+    for name, child in module.named_children():
+        if isinstance(child, AdapterLayer):
+            yield prefix + name, child
+        else:
+            yield from _walk(child, f"{prefix}{name}.")
+
+
+def named_bases(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` as if no adapter were there."""
+    for name, child in model.named_children():
+        base = base_of(child)
+        yield prefix + name, base
+        yield from named_bases(base, f"{prefix}{name}.")
+
+
+def shared_of(model: nn.Module) -> Shared | None:
+    """The common state of a model's adapter layers, None if it has none."""
+    layer = next(_walk(model, ""), None)
+    return None if layer is None else layer[1].shared
