@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .deltas import Delta, Factors
+from .deltas.base import computing
 from .errors import AdapterStateError, UnsupportedBaseError
 from .layers.base_weight import is_plain, read_weight
 from .layers.layer import AdapterLayer
@@ -58,7 +59,7 @@ class Fused:
 
     Attributes:
         coefficients: adapter -> the factor it was fused with (its weight times `lora_scale`).
-        change: what was added to the weight; None if only the bias changed.
+        change: what was added to the weight; None if only the bias changed, or where a copy is kept.
         where: flat positions whose original value the subtraction misses.
         values: those original values.
         copy: the whole original weight, where the record would be larger than that.
@@ -215,18 +216,24 @@ def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusi
     deltas = [(layer.delta(name), coefficient) for name, coefficient in coefficients.items()]
     change = _change(layer, deltas, weight)
     new = None if change is None else change.add_to(weight, 1.0)
-    if safe_fusing and new is not None and not new.isfinite().all():
+    bias = _new_bias(base, deltas)
+    if safe_fusing and not all(tensor.isfinite().all() for tensor in (new, bias) if tensor is not None):
         raise AdapterStateError(
             f"fusing {', '.join(coefficients)} would put NaN or infinity into a weight",
             mend="The adapter holds such values itself, or its scale overflows the weight's dtype.",
             state="Nothing was fused.",
         )
-    record: dict[str, Any] = {"where": None, "values": None, "copy": None, "checksum": None}
+    record: dict[str, Any] = {"change": None, "where": None, "values": None, "copy": None, "checksum": None}
     if new is not None and change is not None:
         record = _record(weight, new, change)
         weight.copy_(new)
-    bias, had_bias = _fuse_bias(base, deltas)
-    layer.fused = Fused(coefficients=dict(coefficients), change=change, bias=bias, had_bias=had_bias, **record)
+    present: Any = getattr(base, "bias", None)
+    kept = None if bias is None or present is None else present.detach().clone()
+    if bias is not None and present is None:
+        base.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    elif bias is not None:
+        present.data.copy_(bias)
+    layer.fused = Fused(coefficients=dict(coefficients), bias=kept, had_bias=present is not None, **record)
 
 
 def _change(layer: AdapterLayer, deltas: Sequence[tuple[Delta, float]], weight: Tensor) -> Change | None:
@@ -247,7 +254,7 @@ def _change(layer: AdapterLayer, deltas: Sequence[tuple[Delta, float]], weight: 
     total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     for delta, coefficient in deltas:
         total += delta.delta_weight(weight).detach().view(weight.shape) * coefficient
-    return Change(dense=total.float())
+    return Change(dense=total if weight.dtype == torch.float64 else total.float())
 
 
 def _factor_dtype(weight: Tensor, wide: torch.dtype) -> torch.dtype:
@@ -264,10 +271,10 @@ def _record(weight: Tensor, new: Tensor, change: Change) -> dict[str, Any]:
     where = missed.nonzero().squeeze(1)
     keeps_dense = change.dense is not None
     if keeps_dense or where.numel() > COPIED_SHARE * weight.numel():
-        return {"where": None, "values": None, "copy": weight.clone(), "checksum": None}
+        return {"change": None, "where": None, "values": None, "copy": weight.clone(), "checksum": None}
     values = weight.reshape(-1)[where]
     positions = where.int() if weight.numel() < 2**31 else where
-    return {"where": positions, "values": values, "copy": None, "checksum": _checksum(weight)}
+    return {"change": change, "where": positions, "values": values, "copy": None, "checksum": _checksum(weight)}
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -277,12 +284,11 @@ def _checksum(weight: Tensor) -> Tensor:
     return weight.contiguous().view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64)
 
 
-def _fuse_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> tuple[Tensor | None, bool]:
-    """Add the bias changes; returns the bias as it was."""
+def _new_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> Tensor | None:
+    """The bias with the changes added, in the weight's dtype; None where no delta changes it."""
     changes = [(bias, c) for delta, c in deltas if (bias := delta.delta_bias()) is not None]
-    present: Any = getattr(base, "bias", None)
     if not changes:
-        return None, present is not None
+        return None
     if not hasattr(base, "bias"):
         raise UnsupportedBaseError(
             f"a {type(base).__name__} has no bias, so an adapter's cannot be fused into it",
@@ -290,13 +296,10 @@ def _fuse_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> tuple[
             state="Nothing was fused.",
         )
     weight: Any = base.weight
-    total = sum((bias.detach().float() * c for bias, c in changes), torch.zeros((), device=weight.device))
-    if present is None:
-        base.register_parameter("bias", nn.Parameter(total.to(weight.dtype), requires_grad=False))
-        return None, False
-    before = present.detach().clone()
-    present.data.copy_((before.float() + total).to(present.dtype))
-    return before, True
+    present: Any = base.bias
+    start = torch.zeros((), device=weight.device) if present is None else computing(present.detach())
+    total = sum((computing(bias.detach()) * c for bias, c in changes), start)
+    return total.to(weight.dtype if present is None else present.dtype)
 
 
 @torch.no_grad()
