@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ class Contents:
     """Whether the tensors are placeholders and only their names mean anything."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor as a safetensors header states it; `start` and `stop` count from the end of the header."""
 
     dtype: torch.dtype
@@ -185,7 +184,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     size = max((entry.stop for entry in entries.values()), default=0)
     blob = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available() and size >= CHUNK)
     _read_into(path, blob, end)
-    return {name: _view(blob, entry) for name, entry in entries.items()}, metadata
+    dtypes = {entry.dtype for entry in entries.values()}
+    typed = {dtype: blob[: size - size % dtype.itemsize].view(dtype) for dtype in dtypes}
+    return {name: _view(blob, typed[entry.dtype], entry) for name, entry in entries.items()}, metadata
 
 
 def _read_into(path: Path, blob: Tensor, offset: int) -> None:
@@ -214,11 +215,11 @@ def _read_into(path: Path, blob: Tensor, offset: int) -> None:
         os.close(descriptor)
 
 
-def _view(blob: Tensor, entry: Entry) -> Tensor:
-    data = blob[entry.start : entry.stop]
-    if entry.start % entry.dtype.itemsize:
-        data = data.clone()  # some writers do not align; a view would be refused
-    return data.view(entry.dtype).view(entry.shape)
+def _view(blob: Tensor, typed: Tensor, entry: Entry) -> Tensor:
+    itemsize = entry.dtype.itemsize
+    if entry.start % itemsize:  # some writers do not align; a view would be refused
+        return blob[entry.start : entry.stop].clone().view(entry.dtype).view(entry.shape)
+    return typed[entry.start // itemsize : entry.stop // itemsize].view(entry.shape)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

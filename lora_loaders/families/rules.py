@@ -20,7 +20,7 @@ numbers become holes, so dotted, half-flattened and flattened spellings of one n
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 HOLE = re.compile(r"\{(\w+)\}")
@@ -161,6 +161,8 @@ class Names:
         )
         self.optional_prefixes = optional_prefixes
         self.absent = absent
+        # Files of one family hold the same few hundred names, and each is asked for two or three times a load.
+        self.resolve = lru_cache(maxsize=1 << 14)(self._resolve)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -192,7 +194,7 @@ class Names:
         rules = (rule for rule in self.rules if rule.source.endswith("**"))
         return tuple(sorted(rules, key=lambda rule: -len(rule.source)))
 
-    def resolve(self, name: str) -> list[Resolved]:
+    def _resolve(self, name: str) -> tuple[Resolved, ...]:
         """All readings of a module name in any spelling: none, one, or several, that of diffusers first.
 
         Several: Wan's `norm3` is another norm in diffusers than in the original, and Mochi's `mod_y` goes to another
@@ -213,7 +215,7 @@ class Names:
             hits.append(hit)
         if not hits and flat.endswith("_lora"):  # 2023's diffusers: …attn1.processor.to_q_lora
             return self.resolve(flat.removesuffix("_lora"))
-        return hits
+        return tuple(hits)
 
     def _lookup(self, index: Mapping[str, list["_Template"]], flat: str) -> Iterator[Resolved]:
         for template in index.get(NUMBER.sub("#", flat), ()):

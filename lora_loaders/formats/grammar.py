@@ -180,6 +180,7 @@ def split_prefix(name: str) -> tuple[str, str, str]:
     return first, component, name
 
 
+@lru_cache(maxsize=1 << 16)
 def split_key(key: str) -> Key | None:
     """Take a key apart, or None where no known suffix ends it."""
     slot, dot = None, key.find(".")
