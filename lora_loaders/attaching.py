@@ -3,7 +3,7 @@
 `apply` swaps pointers and takes them back on any exception; `detach_adapters` restores the modules that stood there.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -137,34 +137,37 @@ def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Und
     return layer
 
 
+_Place = tuple[torch.device, torch.dtype]
+
+
 def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
     """The deltas where their layers compute and in their dtype, in memory of their own.
 
     Parts of a fused module share one `down`, and a caller's dictionary shares everything; parameters share nothing.
     One buffer for each device and dtype, filled in one batched copy, costs less than a copy a tensor.
     """
-    wanted: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    groups: dict[_Place, list[Tensor]] = {}
+    wanted: list[tuple[Delta, dict[str, _Place]]] = []
     for binding, layer in bindings:
         device, dtype = adapter_device(layer.base_layer), adapter_dtype(layer.base_layer)
-        for tensor in binding.delta.tensors().values():
+        places: dict[str, _Place] = {}
+        for slot, tensor in binding.delta.tensors().items():
             place = (device or tensor.device, dtype if tensor.is_floating_point() else tensor.dtype)
-            wanted.setdefault(place, []).append(tensor)
-    settled: dict[tuple[torch.device, torch.dtype], Iterator[Tensor]] = {}
-    for (device, dtype), tensors in wanted.items():
-        move = BufferMover(device)
-        starts = [0]
-        for tensor in tensors:
-            starts.append(starts[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
-        buffer = torch.empty(starts[-1], dtype=dtype, device=device)
-        targets = [buffer[s : s + t.numel()].view(t.shape) for s, t in zip(starts, tensors, strict=False)]
-        torch._foreach_copy_(targets, [move(tensor) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
-        settled[device, dtype] = iter(targets)
+            groups.setdefault(place, []).append(tensor)
+            places[slot] = place
+        wanted.append((binding.delta, places))
+    settled = {place: iter(_packed(tensors, *place)) for place, tensors in groups.items()}
+    return [delta.with_tensors({s: next(settled[place]) for s, place in places.items()}) for delta, places in wanted]
 
-    def settle(layer: AdapterLayer, tensor: Tensor) -> Tensor:
-        device, dtype = adapter_device(layer.base_layer), adapter_dtype(layer.base_layer)
-        return next(settled[device or tensor.device, dtype if tensor.is_floating_point() else tensor.dtype])
 
-    return [binding.delta.map_tensors(lambda t, layer=layer: settle(layer, t)) for binding, layer in bindings]
+def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Copies of the tensors, in one new buffer."""
+    move = BufferMover(device)
+    sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+    targets = [part[: t.numel()].view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(targets, [move(tensor) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
+    return targets
 
 
 def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
