@@ -1,6 +1,5 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,31 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_loaders.deltas import Delta, Factors, LoraDelta
+from lora_loaders.deltas import Delta, Factors
 
 from .base_weight import logical_shape, read_weight
 from .kinds import LINEAR, Kind
+from .places import Factor, is_transposed, place_of
 
-# Delta field -> where its parameter stands in the layer: container, leaf inside the adapter's entry ("": the entry is
-# the parameter itself), and whether it is stored transposed. The names are PEFT's.
-PARAMETERS: Mapping[str, tuple[str, str]] = {
-    "down": ("lora_A", "weight"),
-    "up": ("lora_B", "weight"),
-    "up_bias": ("lora_B", "bias"),
-    "mid": ("lora_mid", "weight"),
-    "magnitude": ("lora_magnitude_vector", "weight"),
-    "bias": ("diff_b", ""),
-    "value": ("set_weight", ""),
-    "weight": ("ia3_l", ""),
-}
-EMBEDDING_PARAMETERS: Mapping[str, tuple[str, str]] = {"up": ("lora_embedding_A", ""), "down": ("lora_embedding_B", "")}
-
-
-class Factor(nn.Module):
-    """Holds the parameters of one factor of one adapter, so that they are named `lora_A.<adapter>.weight`."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter
+EMPTY = torch.empty(0)
+"""Stands in a template for a tensor that the layer holds as a parameter."""
 
 
 @dataclass
@@ -63,6 +45,18 @@ class AdapterLayer(nn.Module):
         shared: the model's common state.
     """
 
+    kind: Kind
+    shared: Shared
+    templates: dict[str, Delta]
+    weights: dict[str, float]
+    dropouts: dict[str, float]
+    active: tuple[str, ...]
+    fused: Any
+    narrow_bases: tuple[nn.Module, ...]  # the base before widening; in a tuple it is no submodule
+    _trained: tuple[nn.Parameter, ...]
+    _trains: bool
+    _stale: bool
+    _known: dict[str, tuple[Delta, Factors]]
     base_layer: nn.Module
     slot_down: Tensor | None
     slot_up: Tensor | None
@@ -75,35 +69,25 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, kind: Kind, shared: Shared) -> None:
         super().__init__()
-        self.kind = kind
-        self.shared = shared
-        self.templates: dict[str, Delta] = {}
-        self.weights: dict[str, float] = {}
-        self.dropouts: dict[str, float] = {}
-        self.active: tuple[str, ...] = ()
-        self.fused: Any = None
-        self.narrow_bases: tuple[nn.Module, ...] = ()  # the base before widening; in a tuple it is no submodule
-        self.training = base_layer.training
+        # Past nn.Module's __setattr__ and register_buffer, which take as long as all the rest of this.
+        vars(self).update(kind=kind, shared=shared, training=base_layer.training)
+        vars(self).update(templates={}, weights={}, dropouts={}, active=(), fused=None, narrow_bases=())
+        vars(self).update(_trained=(), _trains=False, _stale=False, _known={})
         self._modules["base_layer"] = base_layer
-        for name in self.SLOTS:
-            self.register_buffer(name, None, persistent=False)
-        self._trained: tuple[nn.Parameter, ...] = ()
-        self._trains = False
-        self._stale = False
+        self._buffers.update(dict.fromkeys(self.SLOTS))
+        self._non_persistent_buffers_set.update(self.SLOTS)
         self.register_load_state_dict_post_hook(_mark_stale)
 
     # Adapters
 
     def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
         """Register one adapter's tensors as parameters; it is not active yet."""
-        self.templates[name] = delta.map_tensors(lambda tensor: torch.empty(0))
+        self.templates[name] = delta.map_tensors(lambda tensor: EMPTY)
         self.weights[name] = 1.0
         self.dropouts[name] = dropout
         for slot, tensor in delta.tensors().items():
-            container, leaf = self._place(delta, slot)
-            data = tensor.detach()
-            if self._is_transposed(delta, slot):
-                data = data.t()
+            container, leaf = place_of(delta, slot)
+            data = tensor.t() if is_transposed(delta, slot) else tensor
             parameter = nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
             if leaf:
                 self._factor(container, name)._parameters[leaf] = parameter
@@ -114,7 +98,7 @@ class AdapterLayer(nn.Module):
         """Forget one adapter, half-registered ones too; containers that are left empty go."""
         template = self.templates.pop(name, None)
         for slot in template.tensors() if template is not None else ():
-            container, _ = self._place(template, slot)  # pyright: ignore[reportArgumentType]
+            container, _ = place_of(template, slot)  # pyright: ignore[reportArgumentType]
             entries = self._modules.get(container)
             if entries is not None and name in entries:  # type: ignore[operator]
                 del entries[name]  # type: ignore[attr-defined]
@@ -122,26 +106,24 @@ class AdapterLayer(nn.Module):
                 del self._modules[container]
         self.weights.pop(name, None)
         self.dropouts.pop(name, None)
+        self._known.pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
 
     def delta(self, name: str) -> Delta:
         """One adapter's change, over the live parameters."""
         template = self.templates[name]
-        tensors: dict[str, Tensor] = {}
-        for slot in template.tensors():
-            container, leaf = self._place(template, slot)
-            entry: Any = self._modules[container][name]  # type: ignore[index]
-            parameter = entry._parameters[leaf] if leaf else entry
-            tensors[slot] = parameter.t() if self._is_transposed(template, slot) else parameter
-        return template.with_tensors(tensors)
+        tensors = self._raw(name)
+        turned = {slot: tensors[slot].t() for slot in tensors if is_transposed(template, slot)}
+        return template.with_tensors({**tensors, **turned})
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
         for slot in self.templates[old].tensors():
-            container, _ = self._place(self.templates[old], slot)
+            container, _ = place_of(self.templates[old], slot)
             entries: Any = self._modules[container]
             if old in entries:
                 entries[new] = entries.pop(old)
+        self._known.pop(old, None)
         for table in (self.templates, self.weights, self.dropouts):
             table[new] = table.pop(old)  # type: ignore[assignment]
         self.active = tuple(new if name == old else name for name in self.active)
@@ -156,34 +138,32 @@ class AdapterLayer(nn.Module):
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter."""
-        return [tensor for tensor in self._raw(name) if isinstance(tensor, nn.Parameter)]
+        return [tensor for tensor in self._raw(name).values() if isinstance(tensor, nn.Parameter)]
 
-    def _raw(self, name: str) -> list[Any]:
-        places = (self._place(self.templates[name], slot) for slot in self.templates[name].tensors())
-        entries: list[tuple[Any, str]] = [(self._modules[container][name], leaf) for container, leaf in places]  # type: ignore[index]
-        return [entry._parameters[leaf] if leaf else entry for entry, leaf in entries]
-
-    @staticmethod
-    def _place(delta: Delta, slot: str) -> tuple[str, str]:
-        if isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS:
-            return EMBEDDING_PARAMETERS[slot]
-        return PARAMETERS.get(slot, (slot, ""))
-
-    @staticmethod
-    def _is_transposed(delta: Delta, slot: str) -> bool:
-        return isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS
+    def _raw(self, name: str) -> dict[str, Any]:
+        """One adapter's tensors by slot, as they are stored."""
+        template = self.templates[name]
+        tensors: dict[str, Any] = {}
+        for slot in template.tensors():
+            container, leaf = place_of(template, slot)
+            entries: Any = self._modules[container]
+            tensors[slot] = entries._modules[name]._parameters[leaf] if leaf else entries[name]
+        return tensors
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
-        if name not in self._modules:
-            self._modules[name] = kind().train(self.training)
-        return self._modules[name]
+        container = self._modules.get(name)
+        if container is None:
+            container = self._modules[name] = kind()
+            vars(container)["training"] = self.training
+        return container
 
     def _factor(self, container: str, name: str) -> nn.Module:
-        entries = self._container(container, nn.ModuleDict)
-        if name not in entries:
-            entries[name] = Factor()
-            entries[name].training = self.training
-        return entries[name]
+        entries: dict[str, nn.Module] = self._container(container, nn.ModuleDict)._modules
+        factor = entries.get(name)
+        if factor is None:
+            factor = entries[name] = Factor()
+            vars(factor)["training"] = self.training
+        return factor
 
     # State
 
@@ -199,12 +179,41 @@ class AdapterLayer(nn.Module):
         fused = self.fused.coefficients if self.fused is not None else ()
         return [(name, self.weights[name]) for name in self.active if name in self.templates and name not in fused]
 
-    def note_trained(self) -> None:
-        """Remember the contributing adapters' parameters, whose `requires_grad` sends the forward past the slot."""
-        names = [name for name, _ in self.contributing]
-        self._trained = tuple(parameter for name in names for parameter in self.parameters_of(name))
-        self._trains = any(parameter.requires_grad for parameter in self._trained)
-        self._stale = False
+    def contributions(self) -> list[tuple[Delta, Factors | None, float]]:
+        """The contributing adapters' changes, their factors if there are any, and their weights: what a slot holds.
+
+        Their parameters are remembered: one that requires a gradient sends the forward past the slot.
+        """
+        answer: list[tuple[Delta, Factors | None, float]] = []
+        trained: list[nn.Parameter] = []
+        for name, weight in self.contributing:
+            kept = self._known.get(name)
+            if kept is None or not self._holds(name, kept[1]):
+                answer.append((*self._look_up(name), weight))
+                trained += self.parameters_of(name)
+            else:
+                answer.append((*kept, weight))
+                trained += (kept[1].down, kept[1].up)  # type: ignore[arg-type]
+        trains = any(parameter.requires_grad for parameter in trained)
+        vars(self).update(_trained=tuple(trained), _trains=trains, _stale=False)
+        return answer
+
+    def _look_up(self, name: str) -> tuple[Delta, Factors | None]:
+        """One adapter's delta and factors, kept where the factors are the parameters themselves."""
+        delta = self.delta(name)
+        factors = self.factors(delta)
+        if factors is not None and delta.tensors().keys() == {"down", "up"} and self._holds(name, factors):
+            self._known[name] = (delta, factors)
+        return delta, factors
+
+    def _holds(self, name: str, factors: Factors) -> bool:
+        """Whether these factors are the adapter's parameters, which others may have replaced."""
+        stored: dict[str, Any] = self._modules
+        return (
+            "lora_A" in stored
+            and stored["lora_A"]._modules[name]._parameters["weight"] is factors.down
+            and stored["lora_B"]._modules[name]._parameters["weight"] is factors.up
+        )
 
     def original_weight(self) -> Tensor:
         """The base weight as it was before anything was fused into it."""

@@ -1,7 +1,7 @@
 """Writing the active slot: all contributing adapters of many layers stacked in a few batched copies."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,40 +12,46 @@ from lora_loaders.deltas.base import computing
 from .base_weight import adapter_device, adapter_dtype
 from .layer import AdapterLayer
 
+REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
 STEP = 8
 """Capacities are multiples of this: smaller ones gain nothing on tensor cores, and equal capacities are reused."""
 
 
-class _Copy(NamedTuple):
-    target: Tensor
-    source: Tensor
-    scale: float
+@dataclass
+class _Writes:
+    """What is to be written into many slots, gathered so that it takes few calls.
+
+    The scales go with the downs: those lie one below the other, whole, and are scaled in one batch, while the ups of a
+    slot stand side by side.
+    """
+
+    downs: list[Tensor] = field(default_factory=list[Tensor])
+    sources: list[Tensor] = field(default_factory=list[Tensor])
+    scales: list[float] = field(default_factory=list[float])
+    empty: list[Tensor] = field(default_factory=list[Tensor])
 
 
 def refresh(layers: Iterable[AdapterLayer]) -> None:
     """Rewrite the slots of these layers, in place where their capacity allows."""
-    downs: list[_Copy] = []
-    ups: list[_Copy] = []
-    empty: list[Tensor] = []
+    writes = _Writes()
     with torch.no_grad():
         for layer in layers:
-            _stack(layer, downs, ups, empty)
-        if empty:
-            torch._foreach_zero_(empty)  # pyright: ignore[reportPrivateUsage]
-        _copy(downs)
-        _copy(ups)
+            _stack(layer, writes)
+        if writes.empty:
+            torch._foreach_zero_(writes.empty)  # pyright: ignore[reportPrivateUsage]
+        if writes.downs:
+            torch._foreach_copy_(writes.downs, writes.sources)  # pyright: ignore[reportPrivateUsage]
+            torch._foreach_mul_(writes.downs, writes.scales)  # pyright: ignore[reportPrivateUsage]
 
 
-def _stack(layer: AdapterLayer, downs: list[_Copy], ups: list[_Copy], empty: list[Tensor]) -> None:
-    layer.note_trained()
-    contributing = [(layer.delta(name), weight) for name, weight in layer.contributing]
-    if not contributing and not layer.shared.reserved:
+def _stack(layer: AdapterLayer, writes: _Writes) -> None:
+    pairs = layer.contributions()
+    if not pairs and not layer.shared.reserved:
         for slot in layer.SLOTS:
             layer.set_slot(slot, None)
         return
     stacked: list[tuple[Factors, float]] = []
     dense: list[tuple[Delta, float]] = []
-    pairs = [(delta, layer.factors(delta), weight) for delta, weight in contributing]
     gains_outputs = any(factors is not None and factors.out_gain is not None for _, factors, _ in pairs)
     for delta, factors, weight in pairs:
         # Gains of both sides would multiply each other; changes of a weight only add up.
@@ -53,17 +59,11 @@ def _stack(layer: AdapterLayer, downs: list[_Copy], ups: list[_Copy], empty: lis
             dense.append((delta, weight))
         else:
             stacked.append((factors, weight))
-    _write_pairs(layer, stacked, downs, ups, empty)
-    _write_rest(layer, contributing, stacked, dense)
+    _write_pairs(layer, stacked, writes)
+    _write_rest(layer, [(delta, weight) for delta, _, weight in pairs], stacked, dense)
 
 
-def _write_pairs(
-    layer: AdapterLayer,
-    stacked: Sequence[tuple[Factors, float]],
-    downs: list[_Copy],
-    ups: list[_Copy],
-    empty: list[Tensor],
-) -> None:
+def _write_pairs(layer: AdapterLayer, stacked: Sequence[tuple[Factors, float]], writes: _Writes) -> None:
     rank = sum(factors.down.shape[0] for factors, _ in stacked)
     if rank == 0 and not layer.shared.reserved:
         layer.set_slot("slot_down", None)
@@ -74,14 +74,19 @@ def _write_pairs(
     down, up = layer.slot_down, layer.slot_up
     if down is None or up is None:
         return
-    start = 0
-    for factors, weight in stacked:
-        stop = start + factors.down.shape[0]
-        downs.append(_Copy(down[start:stop], factors.down, 1.0))
-        ups.append(_Copy(up[:, start:stop], factors.up, factors.scaling * weight))
-        start = stop
-    if start < down.shape[0]:
-        empty += [down[start:], up[:, start:]]
+    ranks = [factors.down.shape[0] for factors, _ in stacked]
+    if rank < down.shape[0]:
+        writes.empty += [down[rank:], up[:, rank:]]
+        down, up = down[:rank], up[:, :rank]
+    if not stacked:
+        return
+    writes.downs += down.split(ranks)
+    writes.sources += [factors.down.detach() for factors, _ in stacked]
+    writes.scales += [factors.scaling * weight for factors, weight in stacked]
+    if len(stacked) == 1:
+        up.copy_(stacked[0][0].up)
+    else:
+        torch.cat([factors.up.to(up.device) for factors, _ in stacked], 1, out=up)
 
 
 def _ensure_capacity(layer: AdapterLayer, rank: int, like: Factors) -> None:
@@ -91,9 +96,8 @@ def _ensure_capacity(layer: AdapterLayer, rank: int, like: Factors) -> None:
     if present is not None and present.shape[0] >= rank and present.dtype == dtype and present.device == device:
         return
     capacity = max(-(-rank // STEP) * STEP, layer.shared.reserved)
-    # Zeroed once: rows beyond the rank stay zero until something is written there.
-    layer.set_slot("slot_down", torch.zeros(capacity, *like.down.shape[1:], dtype=dtype, device=device))
-    layer.set_slot("slot_up", torch.zeros(like.up.shape[0], capacity, dtype=dtype, device=device))
+    layer.set_slot("slot_down", torch.empty(capacity, *like.down.shape[1:], dtype=dtype, device=device))
+    layer.set_slot("slot_up", torch.empty(like.up.shape[0], capacity, dtype=dtype, device=device))
 
 
 def _write_rest(
@@ -103,6 +107,11 @@ def _write_rest(
     dense: Sequence[tuple[Delta, float]],
 ) -> None:
     """Gains, bias and dense changes: rare, so written one by one."""
+    gained = any(factors.in_gain is not None or factors.out_gain is not None for factors, _ in stacked)
+    if not (dense or gained or any(delta.delta_bias() is not None for delta, _ in contributing)):
+        for slot in REST:
+            layer.set_slot(slot, None)
+        return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
     bias = _total([(delta.delta_bias(), weight) for delta, weight in contributing])
@@ -136,14 +145,3 @@ def _total(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
             term = computing(tensor.detach()) * weight
             total = term if total is None else total + term
     return total
-
-
-def _copy(copies: Sequence[_Copy]) -> None:
-    """All copies in one batch, then all scales in another."""
-    if not copies:
-        return
-    targets = [copy.target for copy in copies]
-    torch._foreach_copy_(targets, [copy.source.detach() for copy in copies])  # pyright: ignore[reportPrivateUsage]
-    scaled = [copy for copy in copies if copy.scale != 1.0]
-    if scaled:
-        torch._foreach_mul_([copy.target for copy in scaled], [copy.scale for copy in scaled])  # pyright: ignore[reportPrivateUsage]

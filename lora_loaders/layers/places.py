@@ -1,0 +1,40 @@
+"""Where a layer keeps the tensors of its adapters, under PEFT's names."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lora_loaders.deltas import Delta, LoraDelta
+
+# Delta field -> where its parameter stands in the layer: container, and leaf inside the adapter's entry ("": the entry
+# is the parameter itself).
+PARAMETERS: Mapping[str, tuple[str, str]] = {
+    "down": ("lora_A", "weight"),
+    "up": ("lora_B", "weight"),
+    "up_bias": ("lora_B", "bias"),
+    "mid": ("lora_mid", "weight"),
+    "magnitude": ("lora_magnitude_vector", "weight"),
+    "bias": ("diff_b", ""),
+    "value": ("set_weight", ""),
+    "weight": ("ia3_l", ""),
+}
+EMBEDDING_PARAMETERS: Mapping[str, tuple[str, str]] = {"up": ("lora_embedding_A", ""), "down": ("lora_embedding_B", "")}
+
+
+class Factor(nn.Module):
+    """Holds the parameters of one factor of one adapter, so that they are named `lora_A.<adapter>.weight`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+
+def place_of(delta: Delta, slot: str) -> tuple[str, str]:
+    """Container and leaf of a delta's field."""
+    if isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS:
+        return EMBEDDING_PARAMETERS[slot]
+    return PARAMETERS.get(slot, (slot, ""))
+
+
+def is_transposed(delta: Delta, slot: str) -> bool:
+    """Whether the field is stored transposed, as an embedding's factors are."""
+    return isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS
