@@ -134,11 +134,7 @@ def test_only_the_command_line_prints(file: str) -> None:
     assert [i.line for i in imports(FILES[file]) if i.name.split(".")[0] in ("rich", "typer")] == []
 
 
-TOO_LONG = pytest.mark.xfail(strict=False, reason="to be divided: it has grown beyond the house's measure")
-LONG = ("mixins/pipeline.py",)
-
-
-@pytest.mark.parametrize("file", [pytest.param(f, marks=TOO_LONG) if f in LONG else f for f in FILES])
+@pytest.mark.parametrize("file", FILES)
 def test_no_module_is_longer_than_a_person_reads_at_once(file: str) -> None:
     assert len(FILES[file].read_text("utf-8").splitlines()) <= LONGEST
 

@@ -47,6 +47,12 @@ final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.line
     absent=("time_text_embed.guidance_embedder.linear_{i}",),
 )
 
+ATTENTION = tuple(
+    Shape("transformer", f"{block}.attn.{name}", (3072, 3072))
+    for block in ("transformer_blocks.{i}", "single_transformer_blocks.{i}")
+    for name in ("to_q", "to_k", "to_v")
+)
+
 FLUX1 = Family(
     name="flux1",
     components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5},
@@ -55,7 +61,7 @@ FLUX1 = Family(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (12288, 3072)),
         Shape("transformer", "single_transformer_blocks.{i}.proj_out", (3072, 15360)),
-        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        *ATTENTION,
         Shape("transformer", "single_transformer_blocks.{i}.norm.linear", (9216, 3072)),
         Shape("transformer", "x_embedder", (3072, 64)),
         Shape("transformer", "context_embedder", (3072, 4096)),

@@ -35,10 +35,13 @@ def unwatch_scale(model: nn.Module) -> None:
 
 
 def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    shared = shared_of(model)
+    if shared is not None:
+        # A text encoder runs several times within one scaled `encode_prompt`: what held before must hold afterwards.
+        shared.outer_scale = shared.scale
     for spelling in SPELLINGS:
         given = kwargs.get(spelling)
         if given is not None and "scale" in given:
-            shared = shared_of(model)
             rest = {key: value for key, value in given.items() if key != "scale"}
             if shared is not None:
                 shared.scale = float(given["scale"])
@@ -49,4 +52,4 @@ def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
 def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
     shared = shared_of(model)
     if shared is not None:
-        shared.scale = 1.0
+        shared.scale, shared.outer_scale = shared.outer_scale, 1.0

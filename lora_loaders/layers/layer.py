@@ -24,6 +24,8 @@ class Shared:
     enabled: bool = True
     scale: float = 1.0
     """Factor of the forward at hand (`attention_kwargs={"scale": …}`)."""
+    outer_scale: float = 1.0
+    """The factor that holds again after the forward at hand."""
     reserved: int = 0
     """Rank that every slot has room for, so that hot-swapping finds the same storage."""
     frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])

@@ -16,7 +16,6 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
-from lora_loaders.files import Contents
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.locating import HubOptions
@@ -24,7 +23,8 @@ from lora_loaders.saving import capture
 from lora_loaders.weights import check_components, for_component, one_each
 
 from .class_or_instance import class_or_instance
-from .model import read_source, with_alphas
+from .component_loading import ComponentLoadingMixin
+from .model import read_source
 from .saving import layers_to_adapter, save, state_dict_like_diffusers
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
@@ -34,7 +34,7 @@ ACCEPTED = ("low_cpu_mem_usage", "return_lora_metadata", "return_alphas", "unet_
 """Arguments of diffusers that need no action here."""
 
 
-class LoraPipelineMixin:
+class LoraPipelineMixin(ComponentLoadingMixin):
     """LoRA methods for a pipeline class: `class MyPipeline(LoraPipelineMixin, DiffusionPipeline): ...`."""
 
     # What there is
@@ -115,53 +115,6 @@ class LoraPipelineMixin:
             hotswap=hotswap,
             may_widen=may_widen(type(self).__name__),
         )
-
-    @classmethod
-    def _load_lora_into(
-        cls, component: str, state_dict: Mapping[str, Tensor], model: nn.Module, options: Mapping[str, Any]
-    ) -> LoadReport:
-        prefixed = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in state_dict.items()}
-        alphas: Mapping[str, float] = options.get("network_alphas") or {}
-        named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in alphas.items()}
-        contents = with_alphas(Contents(prefixed), named, options.get("metadata"))
-        hotswap = bool(options.get("hotswap"))
-        family = family_of(model)
-        return load({component: model}, contents, name=options.get("adapter_name"), family=family, hotswap=hotswap)
-
-    @classmethod
-    def load_lora_into_transformer(
-        cls, state_dict: Mapping[str, Tensor], network_alphas: Any = None, transformer: Any = None, **options: Any
-    ) -> LoadReport:
-        """Load a state dictionary into a transformer; families without alphas pass the model second."""
-        if isinstance(network_alphas, nn.Module):
-            network_alphas, transformer = None, network_alphas
-        return cls._load_lora_into(
-            "transformer", state_dict, transformer, {**options, "network_alphas": network_alphas}
-        )
-
-    @classmethod
-    def load_lora_into_unet(
-        cls, state_dict: Mapping[str, Tensor], network_alphas: Any = None, unet: Any = None, **options: Any
-    ) -> LoadReport:
-        """Load a state dictionary into a UNet."""
-        return cls._load_lora_into("unet", state_dict, unet, {**options, "network_alphas": network_alphas})
-
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls,
-        state_dict: Mapping[str, Tensor],
-        network_alphas: Any = None,
-        text_encoder: Any = None,
-        prefix: str | None = None,
-        lora_scale: float = 1.0,
-        **options: Any,
-    ) -> LoadReport:
-        """Load a state dictionary into a text encoder."""
-        component = prefix or "text_encoder"
-        report = cls._load_lora_into(component, state_dict, text_encoder, {**options, "network_alphas": network_alphas})
-        if lora_scale != 1.0:
-            activity.set_active(text_encoder, [report.adapter_name], lora_scale)
-        return report
 
     # Switching
 

@@ -14,7 +14,7 @@ from lora_loaders.conversion import parse
 from lora_loaders.deltas import Delta
 from lora_loaders.errors import AdapterFileError
 from lora_loaders.files import Contents, atomic
-from lora_loaders.scaling import METADATA_KEY
+from lora_loaders.scaling import METADATA_KEY, Scalings
 from lora_loaders.writing import to_tensors, write_adapter
 
 LAYERS, METADATA = "_lora_layers", "_lora_adapter_metadata"
@@ -39,9 +39,14 @@ def layers_to_adapter(options: Mapping[str, Any]) -> Adapter | None:
         tensors: Mapping[str, Tensor] = layers.state_dict() if isinstance(layers, nn.Module) else layers
         config = options.get(f"{component}{METADATA}")
         named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in tensors.items()}
-        adapter = parse(Contents(named, config=config, label=f"{key}=…"), families=())
+        adapter = parse(Contents(named, label=f"{key}=…"), families=())
         found = {u.name: u.delta for u in adapter.unresolved if u.delta is not None}
-        deltas[component] = found
+        # No family's table resolved these names, so the configuration's alpha has not met them yet.
+        scalings = Scalings.of({}, config)
+        deltas[component] = {
+            path: scalings.apply(delta, component, path, given=delta.alpha_value is not None)
+            for path, delta in found.items()
+        }
         metadata |= {f"{component}.{name}": _plain(value) for name, value in (config or {}).items()}
     if not deltas:
         return None
