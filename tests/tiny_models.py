@@ -213,11 +213,11 @@ def pipeline(family: str, seed: int = 0) -> Any:
 
 
 def render(pipe: Any, **options: Any) -> Tensor:
-    """The latents of one two-step call; the same noise and prompt each time."""
+    """The latents of a call of one step; the same noise and prompt each time."""
     generator = torch.Generator().manual_seed(7)
     name = type(pipe).__name__
     arguments: dict[str, Any] = {
-        "num_inference_steps": 2,
+        "num_inference_steps": 1,
         "generator": generator,
         "output_type": "latent",
         "height": 8,
