@@ -36,6 +36,14 @@ def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> N
     refresh(layer for _, layer in layers)
 
 
+def choose(model: nn.Module, names: Sequence[str]) -> None:
+    """Make these adapters the active ones with the weights they have, and enable them."""
+    for _, layer in adapter_layers(model):
+        layer.active = tuple(names)
+        layer.shared.enabled = True
+    refresh(layer for _, layer in adapter_layers(model))
+
+
 def active_names(model: nn.Module) -> list[str]:
     """Adapters that are active on the model, in the order they were set."""
     present = adapter_names(model)

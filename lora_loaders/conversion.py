@@ -33,6 +33,10 @@ class Layout(Protocol):
         """Number of blocks in the list that this path runs through, None if unknown."""
         ...
 
+    def only_component(self) -> str | None:
+        """The component, if there is but one."""
+        ...
+
     def find(self, component: str, name: str) -> str | None:
         """The path of the live module that this name, dotted or flattened, means."""
         ...
@@ -177,6 +181,8 @@ def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _R
     if len(readings) == 1:
         return readings[0][0], readings[0][1].paths[0]
     hints = [*(reading.family.named_component(module.component) if reading.family else ()), module.component]
+    if reading.family is None and reading.layout is not None and module.component in ("", "denoiser"):
+        hints = [reading.layout.only_component() or module.component]  # a model of no known family, loaded alone
     for component in hints if not readings and reading.layout is not None else ():
         path = reading.layout.find(component, module.name) if reading.layout else None
         if path is not None:

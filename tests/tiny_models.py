@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_loaders import LoraPipelineMixin
+
 WIDTH = 32
 """Width of every text encoder and of the conditioning that the denoisers take."""
 FAMILIES = ("sd15", "sdxl", "flux1", "qwen-image")
@@ -389,8 +391,8 @@ class Photograph:
 def photograph(pipe: Any) -> Photograph:
     models = list(components_of(pipe).values())
     states = [model.state_dict() for model in models]
-    listed = getattr(pipe, "get_list_adapters", dict)()
-    active = getattr(pipe, "get_active_adapters", list)() if listed else []
+    ours = isinstance(pipe, LoraPipelineMixin)  # diffusers' own methods of these names want peft
+    listed, active = (pipe.get_list_adapters(), pipe.get_active_adapters()) if ours else ({}, [])
     hook_tables = ("_forward_pre_hooks", "_forward_hooks")
     return Photograph(
         lists=listed,

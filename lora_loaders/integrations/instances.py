@@ -66,7 +66,20 @@ def _unequip(instance: Any) -> None:
 def _equipped(cls: type, mixin: type) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     body = {**names, "_lora_plain_class": cls, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (mixin, cls), body)
+    return _equal_to_plain(type(cls))(cls.__name__, (mixin, cls), body)
+
+
+@cache
+def _equal_to_plain(meta: type) -> type:
+    """A metaclass whose classes equal the plain ones: `from_pipe` asks for `type(component) in expected_types`."""
+
+    def plain(cls: type) -> type:
+        return cls.__dict__.get("_lora_plain_class", cls)
+
+    def equal(cls: type, other: object) -> bool:
+        return isinstance(other, type) and plain(cls) is plain(other)
+
+    return type(meta.__name__, (meta,), {"__eq__": equal, "__hash__": lambda cls: hash(id(plain(cls)))})
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:

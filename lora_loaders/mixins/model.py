@@ -120,10 +120,10 @@ class LoraModelMixin(nn.Module):
     # Switching
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make these adapters the only active ones, with weight 1."""
+        """Make these adapters the only active ones, with the weights that `set_adapters` last gave them, 1 at first."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         activity.require(names, adapter_names(self))
-        activity.set_active(self, names)
+        activity.choose(self, names)
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
         """Make these adapters the only active ones, with these weights; see `weights.by_path`."""
