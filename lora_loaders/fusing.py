@@ -228,10 +228,11 @@ def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusi
         record = _record(weight, new, change)
         weight.copy_(new)
     present: Any = getattr(base, "bias", None)
-    kept = None if bias is None or present is None else present.detach().clone()
+    kept = None
     if bias is not None and present is None:
         base.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
-    elif bias is not None:
+    elif bias is not None and present is not None:
+        kept = present.detach().clone()
         present.data.copy_(bias)
     layer.fused = Fused(coefficients=dict(coefficients), bias=kept, had_bias=present is not None, **record)
 
