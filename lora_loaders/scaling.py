@@ -11,6 +11,8 @@ from .deltas import Delta, DoraDelta, LoraDelta
 from .errors import MalformedAdapterError
 
 METADATA_KEY = "lora_adapter_metadata"
+OPTIONAL_LEVEL = "text_model."
+"""transformers 5 took this level out of CLIP: PEFT finds a target without it in both, as the ending of a path."""
 KOHYA_SCALING = ("ss_network_dim", "ss_network_alpha")
 
 
@@ -83,12 +85,17 @@ def lora_config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {f"^{name}": d.rank for name, d in loras.items() if d.rank != rank},
-        "alpha_pattern": {f"^{name}": _whole(own) for name, own in alphas.items() if own != alpha},
-        "target_modules": sorted(loras),
+        "rank_pattern": {_pattern(name): d.rank for name, d in loras.items() if d.rank != rank},
+        "alpha_pattern": {_pattern(name): _whole(own) for name, own in alphas.items() if own != alpha},
+        "target_modules": sorted(name.removeprefix(OPTIONAL_LEVEL) for name in loras),
         "use_rslora": rslora,
         "lora_bias": any(delta.up_bias is not None for delta in loras.values()),
     }
+
+
+def _pattern(name: str) -> str:
+    """A key that means this module alone; without the level that some lack it is an ending, which fits both."""
+    return name.removeprefix(OPTIONAL_LEVEL) if name.startswith(OPTIONAL_LEVEL) else f"^{name}"
 
 
 def plain_alpha(delta: LoraDelta) -> float | None:
