@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from tiny_models import FAMILIES, adapter_file, components_of, photograph, pipeline, render
 from torch import nn
 
@@ -46,11 +48,7 @@ def test_class_name_and_isinstance_stay(family: str) -> None:
 
 
 def test_every_public_lora_method_of_diffusers_is_ours() -> None:
-    own = {
-        name
-        for mixin in (diffusers.loaders.lora_base.LoraBaseMixin, diffusers.loaders.StableDiffusionXLLoraLoaderMixin)
-        for name in vars(mixin)
-    }
+    own = {name for mixin in (LoraBaseMixin, StableDiffusionXLLoraLoaderMixin) for name in vars(mixin)}
     public = {name for name in own if not name.startswith("_")} - {
         "unet_name",
         "text_encoder_name",

@@ -178,7 +178,8 @@ def test_a_file_for_another_size_names_both_shapes() -> None:
 def test_hotswap_room_is_kept_from_the_first_load_on(model: Any, made: Made) -> None:
     model.enable_lora_hotswap(target_rank=32)
     model.load_lora_adapter(made.tensors, adapter_name="a")
-    assert {layer.slot_down.shape[0] for _, layer in adapter_layers(model)} == {32}
+    layers: list[Any] = [layer for _, layer in adapter_layers(model)]
+    assert {layer.slot_down.shape[0] for layer in layers} == {32}
     torch.testing.assert_close(run(model), wanted(made, 1.0), rtol=1e-4, atol=1e-5)
 
 

@@ -30,9 +30,15 @@ ROUNDING = {"rtol": 2e-4, "atol": 2e-4}
 """Two float32 orders of the same sums, through a tiny model whose latents reach some tens."""
 
 
+MADE: dict[str, Made] = {}
+
+
 def made_for(family: str, **options: Any) -> Made:
-    # Scales that keep the pictures near the plain one, so that rounding stays small beside them.
-    return adapter_file(pipeline(family), **{"scale": 0.1, **options})
+    """The same file for the same options; its scale keeps pictures near the plain one, so that rounding stays small."""
+    key = f"{family} {sorted(options.items())}"
+    if key not in MADE:
+        MADE[key] = adapter_file(pipeline(family), **{"scale": 0.1, **options})
+    return MADE[key]
 
 
 def with_weights(family: str, *changes: tuple[Made, float | dict[str, float]]) -> Tensor:
@@ -545,18 +551,20 @@ def test_a_hotswap_takes_over_weight_and_activity(family: str) -> None:
     torch.testing.assert_close(render(pipe), with_weights(family, (other, 1.0)), **ROUNDING)
 
 
+def storage(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Each layer's object and its slot's memory, by path."""
+    layers: list[tuple[str, Any]] = list(adapter_layers(model))
+    return {path: (id(layer), layer.slot_down.data_ptr(), layer.slot_up.data_ptr()) for path, layer in layers}
+
+
 def test_a_hotswap_writes_into_the_same_storage() -> None:
     pipe = attached("sd15")
     pipe.enable_lora_hotswap(target_rank=16)
     pipe.load_lora_weights(made_for("sd15", rank=4).tensors, "a")
-    slots = {path: (layer.slot_down.data_ptr(), layer.slot_up.data_ptr()) for path, layer in adapter_layers(pipe.unet)}
-    layers = [id(layer) for _, layer in adapter_layers(pipe.unet)]
+    before = storage(pipe.unet)
     fewer = made_for("sd15", rank=16, seed=2, only="to_q|to_v")
     pipe.load_lora_weights(fewer.tensors, "a", hotswap=True)
-    assert slots == {
-        p: (layer.slot_down.data_ptr(), layer.slot_up.data_ptr()) for p, layer in adapter_layers(pipe.unet)
-    }
-    assert layers == [id(layer) for _, layer in adapter_layers(pipe.unet)]
+    assert storage(pipe.unet) == before
     torch.testing.assert_close(render(pipe), with_weights("sd15", (fewer, 1.0)), **ROUNDING)
     pipe.unload_lora_weights()
     assert adapter_layers(pipe.unet) == []
