@@ -14,7 +14,8 @@ from .adapter import BufferMover
 from .deltas import Delta
 from .errors import AdapterStateError
 from .layers.base_weight import adapter_device, adapter_dtype
-from .layers.layer import AdapterLayer, Shared
+from .layers.layer import AdapterLayer
+from .layers.shared import Shared
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of, submodule_at
 from .plans import AttachPlan, Binding

@@ -11,12 +11,12 @@ from .adapter import Adapter, Unresolved
 from .deltas import Delta, build
 from .deltas.unread import UnreadDelta
 from .detection import choose_family, readings_of, vote
-from .errors import ConversionError, MalformedAdapterError, UnknownFormatError
+from .errors import UNTOUCHED, ConversionError, MalformedAdapterError, UnknownFormatError
 from .families import FAMILIES, Family
 from .families.rules import Resolved
 from .files import Contents, read
 from .formats import RawModule, is_embedding, read_modules
-from .locating import UNTOUCHED, HubOptions
+from .locating import HubOptions
 from .scaling import Scalings
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter

@@ -15,6 +15,7 @@ LoraLoadersError
 from collections.abc import Sequence
 
 SHOWN = 12
+UNTOUCHED = "Nothing was loaded or changed."
 
 
 class LoraLoadersError(Exception):

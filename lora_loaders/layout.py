@@ -8,7 +8,8 @@ from torch import nn
 from .families.rules import NUMBER, flatten
 from .layers.base_weight import logical_shape
 from .layers.kinds import kind_of
-from .layers.layer import AdapterLayer, Shared
+from .layers.layer import AdapterLayer
+from .layers.shared import Shared
 
 
 class ModelLayout:

@@ -14,7 +14,7 @@ from .detection import rank_families
 from .errors import AdapterMismatchError, AdapterStateError
 from .families import FAMILIES, Family
 from .files import Contents
-from .formats import read_modules
+from .formats import NO_SUFFIX, read_modules
 from .fusing import fused_adapters
 from .integrations.scale import unwatch_scale, watch_scale
 from .layout import ModelLayout, adapter_layers, shared_of
@@ -115,6 +115,9 @@ def load(
     """
     present = {name for model in models.values() for name in adapter_names(model)}
     chosen = _check_name(name, present, hotswap)
+    _check_foreign(models)
+    if isinstance(contents, Contents) and family is not None:
+        _check_family(models, contents, family, chosen)
     plan = plan_contents(models, contents, family, may_widen=may_widen)
     _check_plan(plan, chosen, family, contents, strict)
     configs = {component: config_of(plan.adapter, component) for component in plan.components}
@@ -177,19 +180,51 @@ def _check_name(name: str | None, present: set[str], hotswap: bool) -> str:
     return name
 
 
+def _check_foreign(models: Mapping[str, nn.Module]) -> None:
+    """Raise where peft has put layers of its own into a model: the two would not see each other's adapters."""
+    for component, model in models.items():
+        if adapter_names(model) and shared_of(model) is None:
+            raise AdapterStateError(
+                f"{component} carries peft's adapters {', '.join(adapter_names(model))}",
+                mend="Unload them first with diffusers' own unload_lora_weights(), before ll.attach(pipe).",
+                state="Nothing was loaded or changed.",
+            )
+
+
+def _check_family(models: Mapping[str, nn.Module], contents: Contents, family: Family, name: str) -> None:
+    """Raise where none of the denoiser's names in the file is one of this family, and all are of another."""
+    modules, _, spelling = read_modules(list(contents.tensors))
+    denoising = [m for m in modules if not m.component.startswith(("te", "encoder:")) and m.name[0] != "#"]
+    if not denoising or rank_families(denoising, contents.tensors, [family])[0][0][0] > 0:
+        return
+    layout = layout_of(models, family)
+    if any(layout.find(family.denoiser, module.name) for module in denoising):
+        return
+    (share, _), likely = rank_families(denoising, contents.tensors)[0]
+    if share > 0.5:
+        classes = ", ".join(type(model).__name__ for model in models.values())
+        raise AdapterMismatchError(
+            f"adapter {name!r} ({spelling}; {contents.label}) is for {likely.name}: nothing in it fits {classes}",
+            problems=[f"{module.name}: no such name in {family.name}" for module in denoising],
+            mend=f"Load it into a pipeline of {likely.name}.",
+            state="The model was not changed.",
+        )
+
+
 def _check_plan(plan: AttachPlan, name: str, family: Family | None, contents: Contents | Adapter, strict: bool) -> None:
     plan.check(name)
-    if plan.bindings and not (strict and plan.unmatched):
+    unread = {key: reason for key, reason in plan.ignored.items() if reason == NO_SUFFIX}
+    if plan.bindings and not (strict and (plan.unmatched or unread)):
         return
     if not plan.bindings and plan.adapter.embeddings and not plan.adapter.deltas:
         what = f"{plan.adapter.source} holds learned tokens only"
         raise AdapterMismatchError(what, mend="Load it with load_textual_inversion.", state="Nothing was changed.")
     classes = ", ".join(type(model).__name__ for model in plan.models.values())
-    count = len(plan.unmatched)
+    count = len(plan.unmatched) + len(unread)
     raise AdapterMismatchError(
         f"adapter {name!r} ({plan.adapter.describe()}; {plan.adapter.source}): "
-        + (f"{count} modules have no place in {classes}" if plan.bindings else f"nothing in it fits {classes}"),
-        problems=[f"{label}: {reason}" for label, reason in plan.unmatched.items()],
+        + (f"{count} modules or keys have no place in {classes}" if plan.bindings else f"nothing in it fits {classes}"),
+        problems=[f"{label}: {reason}" for label, reason in {**plan.unmatched, **unread}.items()],
         mend=_guess(contents, family) if not plan.bindings else "Pass strict=False to load the rest.",
         state="The model was not changed.",
     )
@@ -253,6 +288,10 @@ def _tell(plan: AttachPlan, name: str) -> None:
     if plan.unmatched:
         samples = "; ".join(f"{label}: {reason}" for label, reason in list(plan.unmatched.items())[:3])
         logger.warning("%r (%s): %d modules have no place: %s", name, plan.adapter.source, len(plan.unmatched), samples)
+    unread = [key for key, reason in plan.ignored.items() if reason == NO_SUFFIX]
+    if unread:
+        samples = ", ".join(unread[:3])
+        logger.warning("%r (%s): %d keys are no adapter's: %s", name, plan.adapter.source, len(unread), samples)
     if plan.ignored:
         reasons = dict.fromkeys(plan.ignored.values())
         logger.info("%r: %d keys ignored: %s", name, len(plan.ignored), "; ".join(list(reasons)[:3]))

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterFileError, UnsafeFileError
+from .errors import UNTOUCHED, AdapterFileError, UnsafeFileError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG_NAME = "adapter_config.json"
 DEFAULT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 NOT_ADAPTERS = ("scheduler", "optimizer", "checkpoint")
-UNTOUCHED = "Nothing was loaded or changed."
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,9 @@ def _download(repo: str, hub: HubOptions, *, allow_pickle: bool) -> Path:
             if name == DEFAULT_NAMES[1]:
                 hf_hub_download(repo, CONFIG_NAME, **common)
         return path
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except AdapterFileError:
+        raise
+    except Exception as error:  # the Hub client's own and its network library's, which changes between versions
         raise AdapterFileError(
             f"cannot get {hub.weight_name or 'an adapter'} from the Hub repository {repo}",
             problems=[f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"],

@@ -171,6 +171,11 @@ def _bind(
     shape = delta.shape
     own = logical_shape(base)
     tensors = delta.tensors()
+    for slot, tensor in tensors.items():
+        if not tensor.is_floating_point() or delta.rank == 0:
+            return None, f"{slot} of {tensor.dtype} and shape {tuple(tensor.shape)} is no weight"
+        if tensor.is_meta and not base.weight.is_meta:
+            return None, f"{slot} holds no data: it is on the meta device"
     for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
         if bias.shape != own[:1]:
             return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .deltas import Delta, DoraDelta, LoraDelta
-from .errors import MalformedAdapterError
+from .errors import UNTOUCHED, MalformedAdapterError
 
 METADATA_KEY = "lora_adapter_metadata"
 OPTIONAL_LEVEL = "text_model."
@@ -31,7 +31,9 @@ class Scalings:
         if config is not None:
             configs[""] = config
         if METADATA_KEY in metadata:
-            configs |= _by_component(json.loads(metadata[METADATA_KEY]))
+            configs |= _by_component(_parsed(metadata[METADATA_KEY]))
+        for config in configs.values():
+            _check(config)
         return cls(configs, _kohya(metadata))
 
     def apply(self, delta: Delta, component: str, path: str | None, *, given: bool) -> Delta:
@@ -52,10 +54,33 @@ class Scalings:
         return delta
 
 
+def _parsed(text: str) -> Mapping[str, Any]:
+    try:
+        flat = json.loads(text)
+    except ValueError as error:
+        raise MalformedAdapterError(f"the header's {METADATA_KEY} is no JSON ({error})", state=UNTOUCHED) from error
+    if not isinstance(flat, dict):
+        raise MalformedAdapterError(f"the header's {METADATA_KEY} is no dictionary", state=UNTOUCHED)
+    return flat
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise unless alphas are numbers and the keys of their pattern are regular expressions."""
+    pattern: Any = config.get("alpha_pattern") or {}
+    try:
+        for key, alpha in dict(pattern).items():
+            re.compile(str(key))
+            float(alpha)
+        float(config.get("lora_alpha") or 0)
+    except (TypeError, ValueError, re.error) as error:
+        what = f"lora_alpha {config.get('lora_alpha')!r} with alpha_pattern {pattern!r} says no scaling ({error})"
+        raise MalformedAdapterError(
+            what, mend="Mend the header or the adapter_config.json.", state=UNTOUCHED
+        ) from error
+
+
 def _by_component(flat: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """`{"transformer.r": 4}` to `{"transformer": {"r": 4}}`."""
-    if not isinstance(flat, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise MalformedAdapterError(f"the metadata's {METADATA_KEY} is no dictionary")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, name = key.rpartition(".")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from .diffusers import DIFFUSERS, DIFFUSERS_OLD, PEFT
 from .format import Format as Format
+from .grammar import NO_SUFFIX as NO_SUFFIX
 from .grammar import Key, read_keys
 from .grammar import RawModule as RawModule
 from .grammar import is_embedding as is_embedding

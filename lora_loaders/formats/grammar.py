@@ -132,6 +132,7 @@ PREFIXES: Mapping[str, str] = {
 _BY_LENGTH = sorted(PREFIXES, key=len, reverse=True)
 _FIRST = frozenset(prefix[0] for prefix in PREFIXES)
 
+NO_SUFFIX = "no known suffix"
 DROPPED: tuple[tuple[str, str], ...] = (
     ("_aux.", "helper data of a slider tool, no weight"),
     ("lora_controlnet", "adapter of a ControlNet, which is another model"),
@@ -216,7 +217,7 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
         reason = drop_reason(key)
         split = None if reason else split_key(key)
         if split is None:
-            left[key] = reason or "no known suffix"
+            left[key] = reason or NO_SUFFIX
             continue
         parsed.append(split)
         module = modules.setdefault(

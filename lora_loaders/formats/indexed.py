@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from .format import Format
-from .grammar import Key, RawModule, is_embedding
+from .grammar import NO_SUFFIX, Key, RawModule, is_embedding
 
 INDEXED = Format(
     name="indexed",
@@ -36,7 +36,7 @@ def read_indexed(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], 
     for key in keys:
         match = KEY.match(key)
         if match is None:
-            left[key] = "no known suffix"
+            left[key] = NO_SUFFIX
             continue
         component, name = match["component"], f"#{match['index']}"
         module = modules.setdefault((component, name), RawModule(f"{component}:", component, name, {}))

@@ -44,7 +44,7 @@ def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
         if given is not None and "scale" in given:
             rest = {key: value for key, value in given.items() if key != "scale"}
             if shared is not None:
-                shared.scale = float(given["scale"])
+                shared.scale = 1.0 if given["scale"] is None else float(given["scale"])
             return args, {**kwargs, spelling: rest}
     return None
 

@@ -1,6 +1,6 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,26 +12,10 @@ from lora_loaders.deltas import Delta, Factors
 from .base_weight import logical_shape, read_weight
 from .kinds import LINEAR, Kind
 from .places import Factor, is_transposed, place_of
+from .shared import Shared
 
 EMPTY = torch.empty(0)
 """Stands in a template for a tensor that the layer holds as a parameter."""
-
-
-@dataclass
-class Shared:
-    """What all adapter layers of one model have in common."""
-
-    enabled: bool = True
-    scale: float = 1.0
-    """Factor of the forward at hand (`attention_kwargs={"scale": …}`)."""
-    outer_scale: float = 1.0
-    """The factor that holds again after the forward at hand."""
-    reserved: int = 0
-    """Rank that every slot has room for, so that hot-swapping finds the same storage."""
-    frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
-    """Base parameters whose gradients were switched off for training an adapter."""
-    hooks: list[Any] = field(default_factory=list[Any])
-    """Handles of the hooks that read the scale of a forward."""
 
 
 class AdapterLayer(nn.Module):
@@ -57,6 +41,7 @@ class AdapterLayer(nn.Module):
     narrow_bases: tuple[nn.Module, ...]  # the base before widening; in a tuple it is no submodule
     _trained: tuple[nn.Parameter, ...]
     _trains: bool
+    _versions: int
     _stale: bool
     _known: dict[str, tuple[Delta, Factors]]
     base_layer: nn.Module
@@ -74,7 +59,7 @@ class AdapterLayer(nn.Module):
         # Past nn.Module's __setattr__ and register_buffer, which take as long as all the rest of this.
         vars(self).update(kind=kind, shared=shared, training=base_layer.training)
         vars(self).update(templates={}, weights={}, dropouts={}, active=(), fused=None, narrow_bases=())
-        vars(self).update(_trained=(), _trains=False, _stale=False, _known={})
+        vars(self).update(_trained=(), _trains=False, _versions=0, _stale=False, _known={})
         self._modules["base_layer"] = base_layer
         self._buffers.update(dict.fromkeys(self.SLOTS))
         self._non_persistent_buffers_set.update(self.SLOTS)
@@ -198,6 +183,7 @@ class AdapterLayer(nn.Module):
                 trained += (kept[1].down, kept[1].up)  # type: ignore[arg-type]
         trains = any(parameter.requires_grad for parameter in trained)
         vars(self).update(_trained=tuple(trained), _trains=trains, _stale=False)
+        self._versions = self._edits()
         return answer
 
     def _look_up(self, name: str) -> tuple[Delta, Factors | None]:
@@ -245,7 +231,7 @@ class AdapterLayer(nn.Module):
         """The base layer's output plus what the active adapters add."""
         if self._is_trained():
             return self._forward_trained(x, *args, **kwargs)
-        if self._stale:
+        if self._stale or (not torch.compiler.is_compiling() and self._edits() != self._versions):
             self._rewrite_slot()
         scale = self.shared.scale
         wide = x
@@ -273,6 +259,14 @@ class AdapterLayer(nn.Module):
             if parameter.requires_grad:
                 return True
         return False
+
+    def _edits(self) -> int:
+        """How often the contributing parameters were written in place (EMA, scaling by hand): the slot is a copy."""
+        edits = 0
+        for parameter in self._trained:
+            if not parameter.is_inference():  # those have no counter
+                edits += parameter._version
+        return edits
 
     @torch.no_grad()
     def _rewrite_slot(self) -> None:

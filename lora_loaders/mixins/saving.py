@@ -1,7 +1,9 @@
 """What `save_lora_weights` and `lora_state_dict` need: layers that were handed over, files, cards and return shapes."""
 
+import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse
 from lora_loaders.deltas import Delta
 from lora_loaders.errors import AdapterFileError
+from lora_loaders.families import FAMILIES, Family
 from lora_loaders.files import Contents, atomic
 from lora_loaders.scaling import METADATA_KEY, Scalings
 from lora_loaders.writing import to_tensors, write_adapter
@@ -93,16 +96,29 @@ def save(
 
 
 def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata: bool, alphas: bool) -> Any:
-    """(state_dict[, alphas][, metadata]) as diffusers' own mixin of the class returns it."""
-    adapter = contents if isinstance(contents, Adapter) else parse(contents)
-    tensors, header, _ = to_tensors(adapter, "diffusers-old")
+    """(state_dict[, alphas][, metadata]) as diffusers' own mixin of the class returns it.
+
+    Where neither alphas nor metadata are returned, alpha stays among the tensors: it is part of what the file says.
+    """
+    adapter = contents if isinstance(contents, Adapter) else parse(contents, family_of_class(cls))
+    tensors, _, _ = to_tensors(adapter, "diffusers-old")
     renamed = {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): t for key, t in tensors.items()}
-    state_dict = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
     network_alphas = {key: float(tensor) for key, tensor in renamed.items() if key.endswith(".alpha")}
-    names = {base.__name__ for base in cls.__mro__}
-    parts: list[Any] = [state_dict]
-    if alphas or names & set(ALWAYS_ALPHAS):
+    plain = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
+    alphas = alphas or bool({base.__name__ for base in cls.__mro__} & set(ALWAYS_ALPHAS))
+    parts: list[Any] = [plain if alphas or metadata else renamed]
+    if alphas:
         parts.append(network_alphas or None)
     if metadata:
+        _, header, _ = to_tensors(adapter, "diffusers")
         parts.append(json.loads(header[METADATA_KEY]) if METADATA_KEY in header else None)
     return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def family_of_class(cls: type) -> Family | None:
+    """The family of a pipeline class, told by the component classes that its constructor names; None if none tells."""
+    parameters = inspect.signature(cls.__init__).parameters
+    annotations = " ".join(str(parameter.annotation) for parameter in parameters.values())
+    candidates = [f for f in FAMILIES if any(re.search(rf"\b{name}\b", annotations) for name in f.model_classes)]
+    encoders = {name for name in parameters if name.startswith("text_encoder")}
+    return min(candidates, key=lambda f: len(encoders.symmetric_difference(f.text_encoders)), default=None)
