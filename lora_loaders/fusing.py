@@ -6,8 +6,9 @@ restores every bit at a few percent of the weights' memory. A checksum taken bef
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,22 +36,21 @@ class Change:
     up: Tensor | None = None
     dense: Tensor | None = None
 
-    def add_to(self, weight: Tensor, sign: float) -> Tensor:
-        """`round(weight + sign · change)` as a new tensor; the same inputs give the same bits."""
+    def add_to(self, weight: Tensor, sign: float, out: Tensor | None = None) -> Tensor:
+        """`round(weight + sign · change)` in a new tensor or in `out`; the same inputs give the same bits."""
+        out = torch.empty_like(weight) if out is None else out
         if self.dense is not None:
-            return self._rounded(weight, self.dense, sign)
+            return torch.add(weight, self.dense, alpha=sign, out=out)
         assert self.down is not None
         assert self.up is not None
-        flat = weight.flatten(1)
         if weight.is_cuda and weight.dtype in LOW_PRECISION:
             # The tensor cores accumulate in float32 and round once.
-            return torch.addmm(flat, self.up.to(weight.dtype), self.down.to(weight.dtype), alpha=sign).view_as(weight)
-        return self._rounded(weight, (self.up @ self.down).view_as(weight), sign)
-
-    @staticmethod
-    def _rounded(weight: Tensor, product: Tensor, sign: float) -> Tensor:
-        result = torch.empty_like(weight)
-        return torch.add(weight, product, alpha=sign, out=result)
+            factors = (self.up.to(weight.dtype), self.down.to(weight.dtype))
+            if out.is_contiguous():
+                torch.addmm(weight.flatten(1), *factors, alpha=sign, out=out.flatten(1))
+                return out
+            return out.copy_(torch.addmm(weight.flatten(1), *factors, alpha=sign).view(weight.shape))
+        return torch.add(weight, (self.up @ self.down).view(weight.shape), alpha=sign, out=out)
 
 
 @dataclass
@@ -69,13 +69,13 @@ class Fused:
     """
 
     coefficients: dict[str, float]
-    change: Change | None
-    where: Tensor | None
-    values: Tensor | None
-    copy: Tensor | None
-    checksum: Tensor | None
-    bias: Tensor | None
-    had_bias: bool
+    change: Change | None = None
+    where: Tensor | None = None
+    values: Tensor | None = None
+    copy: Tensor | None = None
+    checksum: Tensor | None = None
+    bias: Tensor | None = None
+    had_bias: bool = False
 
     def original(self, layer: AdapterLayer) -> Tensor:
         """The weight before fusing, as a new tensor on the weight's device.
@@ -190,51 +190,68 @@ def _rewrite(wanted: Sequence[tuple[AdapterLayer, dict[str, float]]], safe_fusin
     if unwritable:
         read_weight(unwritable[0].base_layer)
     before: list[tuple[AdapterLayer, dict[str, float]]] = []
+    late: Callable[[], None] = _nothing
     try:
         for layer, coefficients in wanted:
             before.append((layer, dict(layer.fused.coefficients) if layer.fused is not None else {}))
-            _set_fused(layer, coefficients, safe_fusing)
+            compact = _set_fused(layer, coefficients, safe_fusing)
+            # Counting what to keep waits for the device; one layer late, the next one's work is under way.
+            late()
+            late = compact
+        late()
     except BaseException:
         for layer, coefficients in reversed(before):
-            _set_fused(layer, coefficients, safe_fusing=False)
+            _set_fused(layer, coefficients, safe_fusing=False)()
         raise
     finally:
         refresh(layer for layer, _ in wanted)
 
 
 @torch.no_grad()
-def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusing: bool) -> None:
-    """Undo what is fused, then fuse this set: one rounding, whatever the order of calls was."""
+def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusing: bool) -> Callable[[], None]:
+    """Undo what is fused, then fuse this set: one rounding, whatever the order of calls was.
+
+    Returns:
+        What makes the record small; until it is called the record is a copy of the weight.
+    """
     if layer.fused is not None:
         if layer.fused.coefficients == coefficients:
-            return
+            return _nothing
         _restore(layer)
     if not coefficients:
-        return
+        return _nothing
     base = layer.base_layer
     weight = read_weight(base)
     deltas = [(layer.delta(name), coefficient) for name, coefficient in coefficients.items()]
     change = _change(layer, deltas, weight)
-    new = None if change is None else change.add_to(weight, 1.0)
     bias = _new_bias(base, deltas)
-    if safe_fusing and not all(tensor.isfinite().all() for tensor in (new, bias) if tensor is not None):
+    present: Any = getattr(base, "bias", None)
+    original = None if change is None else weight.clone()
+    kept = None if bias is None or present is None else present.detach().clone()
+    # Before the weight is touched, so that whatever happens can be undone.
+    fused = layer.fused = Fused(dict(coefficients), copy=original, bias=kept, had_bias=present is not None)
+    if change is not None:
+        change.add_to(weight, 1.0, out=weight)
+    if safe_fusing and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
         raise AdapterStateError(
             f"fusing {', '.join(coefficients)} would put NaN or infinity into a weight",
             mend="The adapter holds such values itself, or its scale overflows the weight's dtype.",
             state="Nothing was fused.",
         )
-    record: dict[str, Any] = {"change": None, "where": None, "values": None, "copy": None, "checksum": None}
-    if new is not None and change is not None:
-        record = _record(weight, new, change)
-        weight.copy_(new)
-    present: Any = getattr(base, "bias", None)
-    kept = None
     if bias is not None and present is None:
         base.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     elif bias is not None and present is not None:
-        kept = present.detach().clone()
         present.data.copy_(bias)
-    layer.fused = Fused(coefficients=dict(coefficients), bias=kept, had_bias=present is not None, **record)
+    if change is None or original is None or change.dense is not None:
+        return _nothing
+    # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
+    bits = _INTEGERS[weight.element_size()]
+    missed = change.add_to(weight, -1.0).view(bits) != original.view(bits)
+    return partial(_compact, fused, change, original, missed.view(-1))
+
+
+def _nothing() -> None:
+    """Nothing is left to do."""
 
 
 def _change(layer: AdapterLayer, deltas: Sequence[tuple[Delta, float]], weight: Tensor) -> Change | None:
@@ -263,26 +280,25 @@ def _factor_dtype(weight: Tensor, wide: torch.dtype) -> torch.dtype:
     return weight.dtype if weight.is_cuda and weight.dtype in LOW_PRECISION else wide
 
 
-def _record(weight: Tensor, new: Tensor, change: Change) -> dict[str, Any]:
-    """What subtraction will miss: positions and values, or a copy where that is smaller."""
-    back = change.add_to(new, -1.0)
-    # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
-    bits = _INTEGERS[weight.element_size()]
-    missed = (back.view(bits) != weight.view(bits)).view(-1)
+@torch.no_grad()
+def _compact(fused: Fused, change: Change, original: Tensor, missed: Tensor) -> None:
+    """Keep what subtraction misses, positions and values, instead of the copy, if that is smaller."""
     where = missed.nonzero().squeeze(1)
-    keeps_dense = change.dense is not None
-    if keeps_dense or where.numel() > COPIED_SHARE * weight.numel():
-        return {"change": None, "where": None, "values": None, "copy": weight.clone(), "checksum": None}
-    values = weight.reshape(-1)[where]
-    positions = where.int() if weight.numel() < 2**31 else where
-    return {"change": change, "where": positions, "values": values, "copy": None, "checksum": _checksum(weight)}
+    if where.numel() > COPIED_SHARE * missed.numel():
+        return
+    fused.values = original.reshape(-1)[where]
+    fused.where = where.int() if missed.numel() < 2**31 else where
+    fused.change, fused.checksum, fused.copy = change, _checksum(original), None
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _checksum(weight: Tensor) -> Tensor:
-    return weight.contiguous().view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64)
+    flat = weight.contiguous().view(-1)
+    # Eight bytes at a time where they come out even: a sum of narrower integers is widened in memory first.
+    size = 8 if flat.nbytes % 8 == 0 else flat.element_size()
+    return flat.view(_INTEGERS[size]).sum(dtype=torch.int64)
 
 
 def _new_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> Tensor | None:
