@@ -135,6 +135,7 @@ STEPS = [
     (attaching, "refresh", 1),
     (torch, "_foreach_copy_", 1),
     (torch, "_foreach_copy_", 2),
+    (torch, "_foreach_copy_", 3),
 ]
 
 

@@ -1,5 +1,6 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -98,8 +99,10 @@ class AdapterLayer(nn.Module):
 
     def delta(self, name: str) -> Delta:
         """One adapter's change, over the live parameters."""
+        return self._delta(name, self._raw(name))
+
+    def _delta(self, name: str, tensors: Mapping[str, Tensor]) -> Delta:
         template = self.templates[name]
-        tensors = self._raw(name)
         turned = {slot: tensors[slot].t() for slot in tensors if is_transposed(template, slot)}
         return template.with_tensors({**tensors, **turned})
 
@@ -172,27 +175,25 @@ class AdapterLayer(nn.Module):
         Their parameters are remembered: one that requires a gradient sends the forward past the slot.
         """
         answer: list[tuple[Delta, Factors | None, float]] = []
-        trained: list[nn.Parameter] = []
+        trained: list[Any] = []
         for name, weight in self.contributing:
             kept = self._known.get(name)
-            if kept is None or not self._holds(name, kept[1]):
-                answer.append((*self._look_up(name), weight))
-                trained += self.parameters_of(name)
+            if kept is not None and self._holds(name, kept[1]):
+                delta, factors = kept
+                trained += (kept[1].down, kept[1].up)
             else:
-                answer.append((*kept, weight))
-                trained += (kept[1].down, kept[1].up)  # type: ignore[arg-type]
+                raw = self._raw(name)
+                delta = self._delta(name, raw)
+                factors = self.factors(delta)
+                trained += (tensor for tensor in raw.values() if isinstance(tensor, nn.Parameter))
+                # Kept where the factors are the parameters themselves.
+                if factors is not None and raw.keys() == {"down", "up"} and self._holds(name, factors):
+                    self._known[name] = (delta, factors)
+            answer.append((delta, factors, weight))
         trains = any(parameter.requires_grad for parameter in trained)
         vars(self).update(_trained=tuple(trained), _trains=trains, _stale=False)
         self._versions = self._edits()
         return answer
-
-    def _look_up(self, name: str) -> tuple[Delta, Factors | None]:
-        """One adapter's delta and factors, kept where the factors are the parameters themselves."""
-        delta = self.delta(name)
-        factors = self.factors(delta)
-        if factors is not None and delta.tensors().keys() == {"down", "up"} and self._holds(name, factors):
-            self._known[name] = (delta, factors)
-        return delta, factors
 
     def _holds(self, name: str, factors: Factors) -> bool:
         """Whether these factors are the adapter's parameters, which others may have replaced."""

@@ -27,6 +27,8 @@ class _Writes:
 
     downs: list[Tensor] = field(default_factory=list[Tensor])
     sources: list[Tensor] = field(default_factory=list[Tensor])
+    ups: list[Tensor] = field(default_factory=list[Tensor])
+    up_sources: list[Tensor] = field(default_factory=list[Tensor])
     scales: list[float] = field(default_factory=list[float])
     empty: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -42,6 +44,8 @@ def refresh(layers: Iterable[AdapterLayer]) -> None:
         if writes.downs:
             torch._foreach_copy_(writes.downs, writes.sources)  # pyright: ignore[reportPrivateUsage]
             torch._foreach_mul_(writes.downs, writes.scales)  # pyright: ignore[reportPrivateUsage]
+        if writes.ups:
+            torch._foreach_copy_(writes.ups, writes.up_sources)  # pyright: ignore[reportPrivateUsage]
 
 
 def _stack(layer: AdapterLayer, writes: _Writes) -> None:
@@ -80,11 +84,12 @@ def _write_pairs(layer: AdapterLayer, stacked: Sequence[tuple[Factors, float]], 
         down, up = down[:rank], up[:, :rank]
     if not stacked:
         return
-    writes.downs += down.split(ranks)
-    writes.sources += [factors.down.detach() for factors, _ in stacked]
+    writes.downs += down.split(ranks) if len(ranks) > 1 else (down,)
+    writes.sources += [factors.down for factors, _ in stacked]
     writes.scales += [factors.scaling * weight for factors, weight in stacked]
     if len(stacked) == 1:
-        up.copy_(stacked[0][0].up)
+        writes.ups.append(up)
+        writes.up_sources.append(stacked[0][0].up)
     else:
         torch.cat([factors.up.to(up.device) for factors, _ in stacked], 1, out=up)
 
