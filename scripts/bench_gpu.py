@@ -83,7 +83,7 @@ def loading_rows(pipes: dict, files: dict[str, Path], device: str, repeats: int)
         rows.append(
             timed(
                 pipes,
-                f"load_lora_weights, {spelling}'s names",
+                f"load_lora_weights, names of {spelling}",
                 lambda pipe, file=file: pipe.load_lora_weights(str(file)),
                 after=lambda pipe: pipe.unload_lora_weights(),
                 clock=clock,
