@@ -61,6 +61,33 @@ def enable(model: nn.Module, enabled: bool) -> None:
     refresh(layer for _, layer in adapter_layers(model))
 
 
+def names_of(given: Any) -> list[str]:
+    """Adapter names from one name or several.
+
+    Raises:
+        AdapterStateError: something that is no string, or a name twice.
+    """
+    names: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    for name in names:
+        check_string(name)
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise AdapterStateError(f"{', '.join(twice)} is named twice", state="Nothing was changed.")
+    return names
+
+
+def check_string(name: Any) -> None:
+    """Raise unless an adapter's name is a string.
+
+    Raises:
+        AdapterStateError: it is something else.
+    """
+    if not isinstance(name, str):
+        raise AdapterStateError(
+            f"an adapter's name is a string, not a {type(name).__name__}", state="Nothing was changed."
+        )
+
+
 def require(names: Iterable[str], present: Iterable[str]) -> None:
     """Raise unless every name is there.
 

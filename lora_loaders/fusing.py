@@ -6,7 +6,8 @@ restores every bit at a few percent of the weights' memory. A checksum taken bef
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,8 +97,9 @@ class Fused:
         if self.checksum is not None and not torch.equal(_checksum(restored), self.checksum):
             raise AdapterStateError(
                 "a fused weight is not what fusing left: it was changed, cast or trained since",
-                mend="Load the model's own weights again.",
-                state="This weight was not changed; other layers may be unfused already.",
+                mend="Keep the weights as they are with unload_lora_weights(keep_fused=True), "
+                "or load the model's own again.",
+                state="Nothing was unfused.",
             )
         return restored.to(weight.device)
 
@@ -162,15 +164,30 @@ FusedState = list[tuple[AdapterLayer, dict[str, float]]]
 
 
 def fused_state(model: nn.Module) -> FusedState:
-    """What is fused into each layer and how strongly, for `restore_fused`."""
+    """What is fused into each layer and how strongly, for `all_or_none`."""
     return [
         (layer, dict(layer.fused.coefficients) if layer.fused is not None else {}) for _, layer in adapter_layers(model)
     ]
 
 
-def restore_fused(state: FusedState) -> None:
-    """Bring a model back to what was fused then, to the bit."""
-    _rewrite(state, safe_fusing=False)
+@contextmanager
+def all_or_none(models: Iterable[nn.Module]) -> Generator[None]:
+    """After any exception in the block, what was fused into the models before is fused again, to the bit."""
+    before = [fused_state(model) for model in models]
+    try:
+        yield
+    except BaseException:
+        for state in before:
+            _rewrite(state, safe_fusing=False)
+        raise
+
+
+def unfuse_all(models: Iterable[nn.Module], names: Sequence[str] | None = None) -> None:
+    """Take adapters out of the base weights of all models, or of none; see `unfuse`."""
+    models = list(models)
+    with all_or_none(models):
+        for model in models:
+            unfuse(model, names)
 
 
 def _check_names(layers: Sequence[AdapterLayer], names: Sequence[str] | None) -> None:

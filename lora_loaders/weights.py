@@ -1,5 +1,6 @@
 """The user's factors: a number, or numbers by component and by block, for every adapter of `set_adapters`."""
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
@@ -16,9 +17,12 @@ def one_each(names: Sequence[str], weights: Any) -> list[Any]:
     Raises:
         AdapterStateError: a list of another length.
     """
-    if weights is None or isinstance(weights, (Real, Mapping)):
+    if weights is None or isinstance(weights, Mapping) or _is_single(weights):
         return [weights] * len(names)
-    given = list(weights)
+    try:
+        given = list(weights)
+    except TypeError:
+        raise _nonumber(weights) from None
     if len(given) != len(names):
         raise AdapterStateError(
             f"Length of adapter names {len(names)} is not equal to the length of the weights {len(given)}",
@@ -26,6 +30,36 @@ def one_each(names: Sequence[str], weights: Any) -> list[Any]:
             state="Nothing was changed.",
         )
     return given
+
+
+def number(weight: Any) -> float:
+    """A factor as a float: any finite real number, a tensor or an array with one element included; None is 1.
+
+    Raises:
+        AdapterStateError: something else.
+    """
+    if weight is None:
+        return 1.0
+    value = weight.item() if _has_no_dimension(weight) else weight
+    if not isinstance(value, Real):
+        raise _nonumber(weight)
+    if not math.isfinite(value):
+        raise AdapterStateError(f"an adapter weight is a finite number, not {value}", state="Nothing was changed.")
+    return float(value)
+
+
+def _is_single(weight: Any) -> bool:
+    return isinstance(weight, (Real, str, bytes)) or _has_no_dimension(weight)
+
+
+def _has_no_dimension(weight: Any) -> bool:
+    """Whether this is a tensor or an array that holds a single value."""
+    return getattr(weight, "ndim", None) == 0 and hasattr(weight, "item")
+
+
+def _nonumber(weight: Any) -> AdapterStateError:
+    shown = repr(weight) if isinstance(weight, str) else f"a {type(weight).__name__}"
+    return AdapterStateError(f"an adapter weight is a number, not {shown}", state="Nothing was changed.")
 
 
 def for_component(weight: Any, component: str, components: Collection[str]) -> Any:
@@ -65,29 +99,32 @@ def by_path(weight: Any, paths: Sequence[str]) -> dict[str, float]:
         AdapterStateError: an entry that means no module, or is no number.
     """
     if not isinstance(weight, Mapping):
-        return dict.fromkeys(paths, _number(weight))
+        return dict.fromkeys(paths, number(weight))
     if set(weight) <= set(UNET_PARTS):
         _check_unet(weight, paths)
         return {path: _unet_weight(weight, path) for path in paths}
     result = dict.fromkeys(paths, 1.0)
-    for key in sorted(weight, key=len):
-        hits = [path for path in paths if path.startswith(f"{key}.") or re.match(rf"(?:{key})(?:\.|$)", path)]
+    for key, value in sorted(((str(key), value) for key, value in weight.items()), key=lambda item: len(item[0])):
+        pattern = _beginning(key)
+        hits = [path for path in paths if path.startswith(f"{key}.") or pattern.match(path)]
         if not hits:
             raise AdapterStateError(
                 f"adapter_weights: no adapted module is under {key!r}",
                 problems=[f"for example: {path}" for path in paths[:3]],
                 state="Nothing was changed.",
             )
-        result |= dict.fromkeys(hits, _number(weight[key]))
+        result |= dict.fromkeys(hits, number(value))
     return result
 
 
-def _number(weight: Any) -> float:
-    if weight is None:
-        return 1.0
-    if isinstance(weight, Real):
-        return float(weight)
-    raise AdapterStateError(f"an adapter weight is a number, not {weight!r}", state="Nothing was changed.")
+def _beginning(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(?:{key})(?:\.|$)")
+    except re.error as error:
+        raise AdapterStateError(
+            f"adapter_weights: {key!r} is no beginning of a path and no regular expression: {error}",
+            state="Nothing was changed.",
+        ) from error
 
 
 def _unet_weight(weight: Mapping[str, Any], path: str) -> float:
@@ -97,9 +134,9 @@ def _unet_weight(weight: Mapping[str, Any], path: str) -> float:
     value = weight.get(part, 1.0)
     if isinstance(value, Mapping) and part != "mid":
         value = value.get(f"block_{parts[1]}", 1.0)
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         value = value[int(parts[3]) if part != "mid" else 0]
-    return _number(value)
+    return number(value)
 
 
 def _check_unet(weight: Mapping[str, Any], paths: Sequence[str]) -> None:
@@ -117,7 +154,7 @@ def _check_unet(weight: Mapping[str, Any], paths: Sequence[str]) -> None:
             )
         for key, layers in value.items():
             count = 1 + max(int(parts[3]) for parts in inside if f"block_{parts[1]}" == key)
-            if isinstance(layers, Sequence) and len(layers) < count:
+            if isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) < count:
                 raise AdapterStateError(
                     f"Expected {count} values for {part}.{key}, got {len(layers)}.", state="Nothing was changed."
                 )

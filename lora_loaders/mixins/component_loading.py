@@ -1,6 +1,6 @@
 """`load_lora_into_…`: a state dictionary into one component, as training scripts and diffusers' own code call it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,56 +8,109 @@ from torch import Tensor, nn
 import lora_loaders.activity as activity
 from lora_loaders.files import Contents
 from lora_loaders.loading import LoadReport, family_of, load
+from lora_loaders.weights import number
 
 from .model import with_alphas
+from .saving import family_of_class
+
+# What diffusers' methods take after the state dictionary, in their order.
+USUAL = ("adapter_name", "_pipeline", "low_cpu_mem_usage", "hotswap", "metadata")
+UNET = ("network_alphas", "unet", *USUAL)
+TRANSFORMER = ("transformer", *USUAL)
+TRANSFORMER_WITH_ALPHAS = (
+    *("network_alphas", "transformer", "adapter_name", "metadata"),
+    *("_pipeline", "low_cpu_mem_usage", "hotswap"),
+)
+TEXT_ENCODER = ("network_alphas", "text_encoder", "prefix", "lora_scale", *USUAL)
 
 
 class ComponentLoadingMixin:
     """Class methods that load into a component that is handed over."""
 
     @classmethod
-    def _load_lora_into(
-        cls, component: str, state_dict: Mapping[str, Tensor], model: nn.Module, options: Mapping[str, Any]
-    ) -> LoadReport:
-        prefixed = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in state_dict.items()}
-        alphas: Mapping[str, float] = options.get("network_alphas") or {}
-        named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in alphas.items()}
-        contents = with_alphas(Contents(prefixed), named, options.get("metadata"))
-        hotswap = bool(options.get("hotswap"))
-        family = family_of(model)
-        return load({component: model}, contents, name=options.get("adapter_name"), family=family, hotswap=hotswap)
+    def load_lora_into_transformer(cls, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> LoadReport:
+        """Load a state dictionary into a transformer.
+
+        Args:
+            state_dict: the adapter's tensors.
+            args: (network_alphas, transformer, adapter_name, metadata, _pipeline, low_cpu_mem_usage, hotswap), or, as
+                families without alphas have it, the transformer first and metadata last.
+            options: the same by name.
+
+        Raises:
+            TypeError: an option of another name, or one that is given twice.
+        """
+        order = TRANSFORMER if args and isinstance(args[0], nn.Module) else TRANSFORMER_WITH_ALPHAS
+        return _load_into(cls, "transformer", state_dict, _by_name("load_lora_into_transformer", order, args, options))
 
     @classmethod
-    def load_lora_into_transformer(
-        cls, state_dict: Mapping[str, Tensor], network_alphas: Any = None, transformer: Any = None, **options: Any
-    ) -> LoadReport:
-        """Load a state dictionary into a transformer; families without alphas pass the model second."""
-        if isinstance(network_alphas, nn.Module):
-            network_alphas, transformer = None, network_alphas
-        return cls._load_lora_into(
-            "transformer", state_dict, transformer, {**options, "network_alphas": network_alphas}
-        )
+    def load_lora_into_unet(cls, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> LoadReport:
+        """Load a state dictionary into a UNet.
+
+        Args:
+            state_dict: the adapter's tensors.
+            args: (network_alphas, unet, adapter_name, _pipeline, low_cpu_mem_usage, hotswap, metadata).
+            options: the same by name.
+
+        Raises:
+            TypeError: an option of another name, or one that is given twice.
+        """
+        return _load_into(cls, "unet", state_dict, _by_name("load_lora_into_unet", UNET, args, options))
 
     @classmethod
-    def load_lora_into_unet(
-        cls, state_dict: Mapping[str, Tensor], network_alphas: Any = None, unet: Any = None, **options: Any
-    ) -> LoadReport:
-        """Load a state dictionary into a UNet."""
-        return cls._load_lora_into("unet", state_dict, unet, {**options, "network_alphas": network_alphas})
+    def load_lora_into_text_encoder(cls, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> LoadReport:
+        """Load a state dictionary into a text encoder.
 
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls,
-        state_dict: Mapping[str, Tensor],
-        network_alphas: Any = None,
-        text_encoder: Any = None,
-        prefix: str | None = None,
-        lora_scale: float = 1.0,
-        **options: Any,
-    ) -> LoadReport:
-        """Load a state dictionary into a text encoder."""
-        component = prefix or "text_encoder"
-        report = cls._load_lora_into(component, state_dict, text_encoder, {**options, "network_alphas": network_alphas})
-        if lora_scale != 1.0:
-            activity.set_active(text_encoder, [report.adapter_name], lora_scale)
+        Args:
+            state_dict: the adapter's tensors.
+            args: (network_alphas, text_encoder, prefix, lora_scale, adapter_name, _pipeline, low_cpu_mem_usage,
+                hotswap, metadata).
+            options: the same by name.
+
+        Raises:
+            TypeError: an option of another name, or one that is given twice.
+        """
+        named = _by_name("load_lora_into_text_encoder", TEXT_ENCODER, args, options)
+        scale = number(named.get("lora_scale"))
+        report = _load_into(cls, named.get("prefix") or "text_encoder", state_dict, named, role="text_encoder")
+        if scale != 1.0:
+            activity.set_active(named["text_encoder"], [report.adapter_name], scale)
         return report
+
+
+def _by_name(method: str, order: Sequence[str], args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name.
+
+    Raises:
+        TypeError: an option of another name, or one that is given twice, or too many.
+    """
+    known = ", ".join(order)
+    unknown = [name for name in options if name not in order]
+    if unknown:
+        raise TypeError(f"{method} has no options {', '.join(unknown)}; there are {known}")
+    if len(args) > len(order):
+        raise TypeError(f"{method} takes at most state_dict, {known}; {len(args) + 1} were given")
+    named = dict(zip(order, args, strict=False))
+    twice = [name for name in named if name in options]
+    if twice:
+        raise TypeError(f"{method} got {', '.join(twice)} twice, by position and by name")
+    return {**named, **options}
+
+
+def _load_into(
+    cls: type, component: str, state_dict: Mapping[str, Tensor], options: Mapping[str, Any], role: str | None = None
+) -> LoadReport:
+    model: Any = options.get(role or component)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{role or component} is a module, not a {type(model).__name__}")
+    name = options.get("adapter_name")
+    if name is not None:
+        activity.check_string(name)
+    prefixed = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in state_dict.items()}
+    alphas: Mapping[str, float] = options.get("network_alphas") or {}
+    named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in alphas.items()}
+    contents = with_alphas(Contents(prefixed), named, options.get("metadata"), component)
+    hotswap = bool(options.get("hotswap"))
+    # A text encoder does not tell its family; the pipeline's class does.
+    family = family_of(model) or family_of_class(cls)
+    return load({component: model}, contents, name=name, family=family, hotswap=hotswap)

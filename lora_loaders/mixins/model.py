@@ -20,7 +20,10 @@ from lora_loaders.loading import LoadReport, adapter_names, family_of, load, reg
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
 from lora_loaders.tuning.adding import add_adapter
+from lora_loaders.weights import number
 from lora_loaders.writing import write_adapter
+
+from .saving import save
 
 
 class LoraModelMixin(nn.Module):
@@ -59,13 +62,15 @@ class LoraModelMixin(nn.Module):
         Raises:
             AdapterFileError, AdapterMismatchError, AdapterStateError: and the model was not changed.
         """
+        if adapter_name is not None:
+            activity.check_string(adapter_name)
         if network_alphas is not None and metadata is not None:
             raise ValueError("Both `network_alphas` and `metadata` cannot be specified.")
         contents = read_source(
             pretrained_model_name_or_path_or_dict, HubOptions(weight_name=weight_name, **hub), use_safetensors
         )
         if isinstance(contents, Contents):
-            contents = with_alphas(contents, network_alphas, metadata)
+            contents = with_alphas(contents, network_alphas, metadata, prefix)
         component, family = self._lora_component(prefix)
         return load({component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap)
 
@@ -92,8 +97,12 @@ class LoraModelMixin(nn.Module):
             )
         component, family = self._lora_component(None)
         adapter = capture({component: self}, adapter_name, family)
+        if upcast_before_saving:
+            adapter = adapter.to(dtype=torch.float32)
+        if not safe_serialization:
+            return save(adapter, save_directory, format, weight_name, None, safe_serialization, repo_id=None)
         target = Path(save_directory) / (weight_name or "pytorch_lora_weights.safetensors")
-        return write_adapter(adapter, target, format, dtype=torch.float32 if upcast_before_saving else None)
+        return write_adapter(adapter, target, format)
 
     def _lora_component(self, prefix: str | None) -> tuple[str, Family | None]:
         """What files call this model, and its family."""
@@ -111,6 +120,7 @@ class LoraModelMixin(nn.Module):
             AdapterStateError: the name is taken.
             AdapterMismatchError: the configuration means no module.
         """
+        activity.check_string(adapter_name)
         if adapter_name in adapter_names(self):
             raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
         component, _ = self._lora_component(None)
@@ -121,13 +131,13 @@ class LoraModelMixin(nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make these adapters the only active ones, with the weights that `set_adapters` last gave them, 1 at first."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = activity.names_of(adapter_name)
         activity.require(names, adapter_names(self))
         activity.choose(self, names)
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
         """Make these adapters the only active ones, with these weights; see `weights.by_path`."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = activity.names_of(adapter_names)
         activity.require(names, self._adapter_names())
         activity.set_active(self, names, weights)
 
@@ -163,7 +173,7 @@ class LoraModelMixin(nn.Module):
         Raises:
             AdapterStateError: no such adapter.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = activity.names_of(adapter_names)
         activity.require(names, self._adapter_names())
         activity.delete(self, names)
 
@@ -185,7 +195,7 @@ class LoraModelMixin(nn.Module):
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None
     ) -> None:
         """Add adapters to the base weights; see `fusing.fuse`."""
-        fusing.fuse(self, adapter_names, lora_scale=lora_scale, safe_fusing=safe_fusing)
+        fusing.fuse(self, _names(adapter_names), lora_scale=number(lora_scale), safe_fusing=safe_fusing)
 
     def unfuse_lora(self) -> None:
         """Give the base weights back, to the bit."""
@@ -193,7 +203,7 @@ class LoraModelMixin(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's name for `fuse_lora`."""
-        fusing.fuse(self, adapter_names, safe_fusing=safe_merge)
+        fusing.fuse(self, _names(adapter_names), safe_fusing=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """PEFT's name for `unfuse_lora`."""
@@ -203,7 +213,7 @@ class LoraModelMixin(nn.Module):
         self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> "LoraModelMixin":
         """Fuse for good and take the adapters out."""
-        fusing.fuse(self, adapter_names, safe_fusing=safe_merge)
+        fusing.fuse(self, _names(adapter_names), safe_fusing=safe_merge)
         activity.unload(self, keep_fused=True)
         return self
 
@@ -219,10 +229,10 @@ class LoraModelMixin(nn.Module):
         present = {
             key: self.__dict__.pop(key) for key in ("peft_config", "_hf_peft_config_loaded") if key in self.__dict__
         }
-        save: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
+        write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         try:
             with without_layers(self):
-                return save(save_directory, *args, **kwargs)
+                return write(save_directory, *args, **kwargs)
         finally:
             self.__dict__.update(present)
 
@@ -234,9 +244,19 @@ def read_source(source: Any, hub: HubOptions, use_safetensors: bool | None) -> C
     return read(source, hub, allow_pickle=use_safetensors is False)
 
 
-def with_alphas(contents: Contents, alphas: Mapping[str, float] | None, config: Mapping[str, Any] | None) -> Contents:
-    """The contents with alphas and configuration that were handed over beside a state dictionary."""
+def _names(given: Any) -> list[str] | None:
+    return None if given is None else activity.names_of(given)
+
+
+def with_alphas(
+    contents: Contents, alphas: Mapping[str, float] | None, config: Mapping[str, Any] | None, component: str | None
+) -> Contents:
+    """The contents with alphas and configuration that were handed over beside a state dictionary.
+
+    The configuration's fields may carry the component's name, as diffusers gives them (`transformer.lora_alpha`).
+    """
     if alphas:
         extra = {key: torch.tensor(float(value)) for key, value in alphas.items()}
         contents = replace(contents, tensors={**contents.tensors, **extra})
-    return replace(contents, config=config) if config else contents
+    own = {k.removeprefix(f"{component}."): v for k, v in (config or {}).items() if k.startswith(f"{component}.")}
+    return replace(contents, config=own or config) if config else contents

@@ -1,10 +1,9 @@
 """LoraPipelineMixin: every LoRA method of diffusers' pipelines, over whatever components a pipeline has."""
 
+import inspect
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +15,27 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
+from lora_loaders.integrations.equipping import equip
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
-from lora_loaders.locating import HubOptions
-from lora_loaders.saving import capture
-from lora_loaders.weights import check_components, for_component, one_each
+from lora_loaders.weights import check_components, for_component, number, one_each
 
-from .class_or_instance import class_or_instance
 from .component_loading import ComponentLoadingMixin
-from .model import read_source
-from .saving import layers_to_adapter, save, state_dict_like_diffusers
+from .model import LoraModelMixin, read_source
+from .pipeline_saving import SavingMixin, hub_options
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 BESIDE = ("transformer_2", "transformer_ref", "connectors", "text_conditioner")
-HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-ACCEPTED = ("low_cpu_mem_usage", "return_lora_metadata", "return_alphas", "unet_config")
-"""Arguments of diffusers that need no action here."""
 
 
-class LoraPipelineMixin(ComponentLoadingMixin):
+class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     """LoRA methods for a pipeline class: `class MyPipeline(LoraPipelineMixin, DiffusionPipeline): ...`."""
 
     # What there is
+
+    unet_name = "unet"
+    transformer_name = "transformer"
+    text_encoder_name = "text_encoder"
 
     @property
     def lora_components(self) -> dict[str, nn.Module]:
@@ -103,10 +101,12 @@ class LoraPipelineMixin(ComponentLoadingMixin):
             AdapterFileError, AdapterMismatchError, AdapterStateError: and nothing was changed.
             TypeError: an unknown option.
         """
+        if adapter_name is not None:
+            activity.check_string(adapter_name)
         contents = read_source(
             pretrained_model_name_or_path_or_dict, hub_options(weight_name, options), use_safetensors
         )
-        return load(
+        report = load(
             self.lora_components,
             contents,
             name=adapter_name,
@@ -115,6 +115,9 @@ class LoraPipelineMixin(ComponentLoadingMixin):
             hotswap=hotswap,
             may_widen=may_widen(type(self).__name__),
         )
+        for model in self.lora_components.values():
+            equip(model, LoraModelMixin)  # one that was put in after `attach` has no methods yet
+        return report
 
     # Switching
 
@@ -129,9 +132,8 @@ class LoraPipelineMixin(ComponentLoadingMixin):
         Raises:
             AdapterStateError: an unknown name, component or block, or a list of another length.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = self._present(adapter_names)
         components = self.lora_components
-        activity.require(names, (n for listed in self.get_list_adapters().values() for n in listed))
         weights = one_each(names, adapter_weights)
         for weight in weights:
             check_components(weight, components)
@@ -158,19 +160,19 @@ class LoraPipelineMixin(ComponentLoadingMixin):
         """Take adapters out of every component for good; fused ones are unfused first.
 
         Raises:
-            AdapterStateError: no such adapter.
+            AdapterStateError: no such adapter, or a fused weight was changed since; nothing is deleted then.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        activity.require(names, (n for listed in self.get_list_adapters().values() for n in listed))
+        names = self._present(adapter_names)
+        fusing.unfuse_all(self._adapted(), names)
         for model in self._adapted():
             activity.delete(model, names)
 
-    def unload_lora_weights(self, *, keep_fused: bool | None = None, reset_to_overwritten_params: bool = True) -> None:
+    def unload_lora_weights(self, reset_to_overwritten_params: bool = True, *, keep_fused: bool | None = None) -> None:
         """Take all adapters out of every component; widened input layers become narrow again.
 
         Args:
-            keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in.
             reset_to_overwritten_params: accepted for compatibility; everything is always put back.
+            keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in.
 
         Raises:
             AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
@@ -182,16 +184,23 @@ class LoraPipelineMixin(ComponentLoadingMixin):
                 "or unload_lora_weights(keep_fused=True) to leave it in them.",
                 state="Nothing was changed.",
             )
+        if not keep_fused:
+            fusing.unfuse_all(self._adapted())
         for model in self._adapted():
             activity.unload(model, keep_fused=keep_fused)
+
+    def _present(self, adapter_names: Any) -> list[str]:
+        """The names that are asked for, each of which some component has."""
+        names = activity.names_of(adapter_names)
+        activity.require(names, (name for listed in self.get_list_adapters().values() for name in listed))
+        return names
 
     def _adapted(self) -> list[nn.Module]:
         return [model for model in self.lora_components.values() if adapter_names(model)]
 
     def set_lora_device(self, adapter_names: Sequence[str], device: torch.device | str | int) -> None:
         """Put these adapters' parameters on a device, to park them on the CPU or bring them back."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        activity.require(names, (n for listed in self.get_list_adapters().values() for n in listed))
+        names = self._present(adapter_names)
         for model in self._adapted():
             activity.move(model, names, device)
 
@@ -222,31 +231,24 @@ class LoraPipelineMixin(ComponentLoadingMixin):
             UnsupportedBaseError: a base weight that cannot be written; nothing is fused then.
         """
         models = self._chosen(components)
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if names is not None:
-            activity.require(names, (n for listed in self.get_list_adapters().values() for n in listed))
-        before = [fusing.fused_state(model) for model in models]
-        try:
+        names = None if adapter_names is None else self._present(adapter_names)
+        scale = number(lora_scale)
+        with fusing.all_or_none(models):
             for model in models:
                 own = None if names is None else [name for name in names if name in self._names(model)]
-                fusing.fuse(model, own, lora_scale=lora_scale, safe_fusing=safe_fusing)
-        except BaseException:
-            for state in before:
-                fusing.restore_fused(state)
-            raise
+                fusing.fuse(model, own, lora_scale=scale, safe_fusing=safe_fusing)
 
     @staticmethod
     def _names(model: nn.Module) -> list[str]:
         return adapter_names(model)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Give the base weights back, to the bit, in these components or in all.
+        """Give the base weights back, to the bit, in all of these components or in none.
 
         Raises:
             AdapterStateError: an unknown component, or a weight that was changed since it was fused.
         """
-        for model in self._chosen(components):
-            fusing.unfuse(model)
+        fusing.unfuse_all(self._chosen(components))
 
     def _chosen(self, components: Sequence[str] | None) -> list[nn.Module]:
         present = self.lora_components
@@ -262,85 +264,24 @@ class LoraPipelineMixin(ComponentLoadingMixin):
             )
         return [present[name] for name in wanted]
 
-    # Saving
-
-    @class_or_instance
-    def save_lora_weights(
-        owner: Any,
-        save_directory: str | os.PathLike[str],
-        adapter_name: str | None = None,
-        *,
-        format: str = "diffusers",
-        is_main_process: bool = True,
-        weight_name: str | None = None,
-        save_function: Callable[..., Any] | None = None,
-        safe_serialization: bool = True,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **layers: Any,
-    ) -> Path | None:
-        """Write adapter layers that are handed over, or, on a pipeline without any, what is loaded.
-
-        Args:
-            save_directory: the folder.
-            adapter_name: which loaded adapter, when there are several.
-            format: see `write_adapter`.
-            is_main_process: only this process writes.
-            weight_name: file name; the format's usual one if None.
-            save_function: called with tensors and path instead of writing safetensors.
-            safe_serialization: False writes a pickle with torch.save.
-            push_to_hub: whether to upload the folder, with a model card.
-            repo_id: `owner/name` on the Hub; the folder's name if None.
-            layers: `<component>_lora_layers` (state dictionary or module) and `<component>_lora_adapter_metadata`.
-
-        Returns:
-            Path of the file, None where another process writes.
-
-        Raises:
-            AdapterStateError: nothing is handed over and no, or no single, adapter is loaded.
-            ConversionError: the format cannot say it.
-        """
-        adapter = layers_to_adapter(layers)
-        if adapter is None:
-            if isinstance(owner, type):
-                components = "`transformer_lora_layers`, `unet_lora_layers`, `text_encoder_lora_layers`"
-                raise ValueError(f"You must pass at least one of {components}, or call this on a pipeline.")
-            adapter = capture(owner.lora_components, adapter_name, owner.lora_family)
-        if not is_main_process:
-            return None
-        write = partial(save, adapter, save_directory, format, weight_name, save_function, safe_serialization)
-        return write(repo_id=(repo_id or Path(save_directory).name) if push_to_hub else None)
-
-    @classmethod
-    def lora_state_dict(
-        cls,
-        pretrained_model_name_or_path_or_dict: Any,
-        *,
-        weight_name: str | None = None,
-        use_safetensors: bool | None = None,
-        return_lora_metadata: bool = False,
-        **options: Any,
-    ) -> Any:
-        """A file's tensors in diffusers' names, and beside them what diffusers' own method returns."""
-        contents = read_source(
-            pretrained_model_name_or_path_or_dict, hub_options(weight_name, options), use_safetensors
-        )
-        return state_dict_like_diffusers(cls, contents, return_lora_metadata, bool(options.get("return_alphas")))
-
     # Calls
 
-    def encode_prompt(self, *args: Any, lora_scale: float | None = None, **kwargs: Any) -> Any:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own `encode_prompt`, with `lora_scale` honoured whether peft is there or not."""
         encode: Callable[..., Any] = super().encode_prompt  # type: ignore[misc]
-        with self._scaled_text_encoders(lora_scale):
-            return encode(*args, **kwargs)
+        scale = kwargs.pop("lora_scale", None)
+        given = inspect.signature(encode).bind_partial(*args, **kwargs)
+        if "lora_scale" in given.arguments:
+            scale, given.arguments["lora_scale"] = given.arguments["lora_scale"], None
+        with self._scaled_text_encoders(number(scale)):
+            return encode(*given.args, **given.kwargs)
 
     @contextmanager
-    def _scaled_text_encoders(self, scale: float | None) -> Generator[None]:
+    def _scaled_text_encoders(self, scale: float) -> Generator[None]:
         encoders = (model for name, model in self.lora_components.items() if name.startswith("text_encoder"))
         states = [shared for model in encoders if (shared := shared_of(model)) is not None]
         for shared in states:
-            shared.scale = 1.0 if scale is None else float(scale)
+            shared.scale = scale
         try:
             yield
         finally:
@@ -354,15 +295,3 @@ class LoraPipelineMixin(ComponentLoadingMixin):
             for model in self.lora_components.values():
                 stack.enter_context(without_layers(model))
             return write(save_directory, *args, **kwargs)
-
-
-def hub_options(weight_name: str | None, options: Mapping[str, Any]) -> HubOptions:
-    """The options of a Hub download, everything else refused.
-
-    Raises:
-        TypeError: an option that nobody knows.
-    """
-    unknown = [key for key in options if key not in (*HUB_OPTIONS, *ACCEPTED)]
-    if unknown:
-        raise TypeError(f"unknown options {', '.join(unknown)}; there are {', '.join((*HUB_OPTIONS, *ACCEPTED))}")
-    return HubOptions(weight_name=weight_name, **{key: value for key, value in options.items() if key in HUB_OPTIONS})

@@ -5,10 +5,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_loaders.adapter import Adapter
 from lora_loaders.deltas import DoraDelta, LoraDelta
+from lora_loaders.integrations.peft_helpers import make_layers_known
 from lora_loaders.scaling import METADATA_KEY
 
 # Fields of PEFT's configuration that say nothing about a diffusion model's adapter, with values that change nothing.
@@ -64,6 +65,20 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     metadata: dict[str, str] = field(default_factory=dict[str, str], repr=False)
     family: str | None = field(default=None, repr=False)
+
+    # What PEFT's helpers read beside the fields. Its enumeration equals the plain string.
+    peft_type: ClassVar[str] = "LORA"
+    task_type: ClassVar[None] = None
+    trainable_token_indices: ClassVar[None] = None
+    base_model_name_or_path: ClassVar[None] = None
+    inference_mode: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False. PEFT's helpers ask this before they look for layers, so this is when it gets to know ours."""
+        make_layers_known()
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and values, as PEFT's own configuration gives them; sets become sorted lists."""
