@@ -83,7 +83,8 @@ def save(
         )
     if save_function is not None or not safe_serialization:
         path = folder / (weight_name or "pytorch_lora_weights.bin")
-        tensors, _, _ = to_tensors(adapter, format)
+        # A pickle has no header, so alpha stands among the tensors.
+        tensors = _with_alphas(adapter) if format == "diffusers" else to_tensors(adapter, format)[0]
         with atomic(path) as temporary:
             (save_function or torch.save)(tensors, temporary)
     else:
@@ -101,8 +102,7 @@ def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata:
     Where neither alphas nor metadata are returned, alpha stays among the tensors: it is part of what the file says.
     """
     adapter = contents if isinstance(contents, Adapter) else parse(contents, family_of_class(cls))
-    tensors, _, _ = to_tensors(adapter, "diffusers-old")
-    renamed = {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): t for key, t in tensors.items()}
+    renamed = _with_alphas(adapter)
     network_alphas = {key: float(tensor) for key, tensor in renamed.items() if key.endswith(".alpha")}
     plain = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
     alphas = alphas or bool({base.__name__ for base in cls.__mro__} & set(ALWAYS_ALPHAS))
@@ -113,6 +113,12 @@ def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata:
         _, header, _ = to_tensors(adapter, "diffusers")
         parts.append(json.loads(header[METADATA_KEY]) if METADATA_KEY in header else None)
     return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _with_alphas(adapter: Adapter) -> dict[str, Tensor]:
+    """diffusers' tensors, with alpha beside each pair."""
+    tensors, _, _ = to_tensors(adapter, "diffusers-old")
+    return {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): t for key, t in tensors.items()}
 
 
 def family_of_class(cls: type) -> Family | None:
