@@ -39,7 +39,7 @@ BELOW: dict[str, set[str]] = {
 # A layer that is written to tells its slots, which are built on layers: imported when it happens.
 LATE = [("layers/layer.py", "layers/slots.py")]
 OPTIONAL = {"accelerate", "bitsandbytes", "gguf", "matplotlib", "PIL", "ray", "torchao", "transformers"}
-COMMAND_LINE = {"cli.py", "tables.py", "__main__.py"}
+COMMAND_LINE = {"cli", "__main__"}
 
 
 class Import(NamedTuple):
@@ -126,7 +126,7 @@ def test_optional_packages_are_imported_when_they_are_needed(file: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file not in COMMAND_LINE])
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) not in COMMAND_LINE])
 def test_only_the_command_line_prints(file: str) -> None:
     tree = ast.parse(FILES[file].read_text("utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .inspecting import Group, Inspection
-from .plans import AttachPlan
+from lora_loaders.inspecting import Group, Inspection
+from lora_loaders.plans import AttachPlan
 
 SHOWN = 12
 DIGITS = re.compile(r"\d+")
