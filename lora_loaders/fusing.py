@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .deltas import Delta, Factors
 from .deltas.base import computing
 from .errors import AdapterStateError, UnsupportedBaseError
-from .layers.base_weight import is_plain, read_weight
+from .fuse_report import FuseReport, fuse_report
+from .layers.base_weight import BITS, Record, adapter_dtype, is_plain, read_original, read_weight, restore, rewrite
 from .layers.layer import AdapterLayer
 from .layers.slots import refresh
 from .layout import adapter_layers
@@ -67,6 +68,8 @@ class Fused:
         checksum: sum of the original weight's bit patterns.
         bias: the original bias; kept whole, it is small.
         had_bias: whether the base layer had a bias at all.
+        record: what a quantised weight stored.
+        lost: squared norms of what quantising again lost of the change, and of the change.
     """
 
     coefficients: dict[str, float]
@@ -77,6 +80,8 @@ class Fused:
     checksum: Tensor | None = None
     bias: Tensor | None = None
     had_bias: bool = False
+    record: Record | None = None
+    lost: tuple[Tensor, Tensor] | None = None
 
     def original(self, layer: AdapterLayer) -> Tensor:
         """The weight before fusing, as a new tensor on the weight's device.
@@ -84,6 +89,8 @@ class Fused:
         Raises:
             AdapterStateError: the weight is no longer what fusing left, so its original cannot be computed.
         """
+        if self.record is not None:
+            return read_original(layer.base_layer, self.record)
         weight = read_weight(layer.base_layer)
         if self.copy is not None:
             return self.copy.to(weight.device)
@@ -107,7 +114,8 @@ class Fused:
         """Bytes that are kept for unfusing."""
         kept = (self.where, self.values, self.copy, self.bias)
         factors = (self.change.down, self.change.up, self.change.dense) if self.change else ()
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*kept, *factors) if tensor is not None)
+        recorded = self.record.memory() if self.record is not None else 0
+        return recorded + sum(tensor.nbytes for tensor in (*kept, *factors) if tensor is not None)
 
 
 def fused_adapters(model: nn.Module) -> set[str]:
@@ -117,7 +125,7 @@ def fused_adapters(model: nn.Module) -> set[str]:
 
 def fuse(
     model: nn.Module, names: Sequence[str] | None = None, *, lora_scale: float = 1.0, safe_fusing: bool = False
-) -> None:
+) -> FuseReport:
     """Add adapters to the base weights; those that were fused before stay so, and one fused again takes the new scale.
 
     Args:
@@ -139,6 +147,11 @@ def fuse(
         if new:
             wanted.append((layer, {**(layer.fused.coefficients if layer.fused else {}), **new}))
     _rewrite(wanted, safe_fusing)
+    report = fuse_report(layer for layer, _ in wanted)
+    if report.quantised:
+        message = "fused into %d quantised layers of %s: quantising again lost %.0f %% of the change"
+        logger.warning(message, report.quantised, type(model).__name__, 100 * report.lost)
+    return report
 
 
 def unfuse(model: nn.Module, names: Sequence[str] | None = None) -> None:
@@ -203,9 +216,6 @@ def _check_names(layers: Sequence[AdapterLayer], names: Sequence[str] | None) ->
 
 def _rewrite(wanted: Sequence[tuple[AdapterLayer, dict[str, float]]], safe_fusing: bool) -> None:
     """Bring each layer to its wanted set of fused adapters; all or none."""
-    unwritable = [layer for layer, _ in wanted if not is_plain(layer.base_layer)]
-    if unwritable:
-        read_weight(unwritable[0].base_layer)
     before: list[tuple[AdapterLayer, dict[str, float]]] = []
     late: Callable[[], None] = _nothing
     try:
@@ -243,12 +253,16 @@ def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusi
     change = _change(layer, deltas, weight)
     bias = _new_bias(base, deltas)
     present: Any = getattr(base, "bias", None)
-    original = None if change is None else weight.clone()
+    quantised = not is_plain(base)
+    original = None if change is None or quantised else weight.clone()
     kept = None if bias is None or present is None else present.detach().clone()
     # Before the weight is touched, so that whatever happens can be undone.
     fused = layer.fused = Fused(dict(coefficients), copy=original, bias=kept, had_bias=present is not None)
     if change is not None:
+        before = weight.clone() if quantised else weight
         change.add_to(weight, 1.0, out=weight)
+        if quantised:
+            _store(layer, fused, before, weight)
     if safe_fusing and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
         raise AdapterStateError(
             f"fusing {', '.join(coefficients)} would put NaN or infinity into a weight",
@@ -262,9 +276,22 @@ def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusi
     if change is None or original is None or change.dense is not None:
         return _nothing
     # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
-    bits = _INTEGERS[weight.element_size()]
+    bits = BITS[weight.element_size()]
     missed = change.add_to(weight, -1.0).view(bits) != original.view(bits)
     return partial(_compact, fused, change, original, missed.view(-1))
+
+
+def _store(layer: AdapterLayer, fused: Fused, before: Tensor, weight: Tensor) -> None:
+    """Store a weight in its base's own scheme and measure what that loses of the change."""
+    if not weight.isfinite().all():
+        raise AdapterStateError(
+            f"fusing {', '.join(fused.coefficients)} would put NaN or infinity into a quantised weight",
+            mend="The adapter holds such values itself.",
+            state="Nothing was fused.",
+        )
+    fused.record = rewrite(layer.base_layer, weight)
+    wanted = weight - before
+    fused.lost = ((read_weight(layer.base_layer) - weight).square().sum(), wanted.square().sum())
 
 
 def _nothing() -> None:
@@ -308,14 +335,11 @@ def _compact(fused: Fused, change: Change, original: Tensor, missed: Tensor) -> 
     fused.change, fused.checksum, fused.copy = change, _checksum(original), None
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _checksum(weight: Tensor) -> Tensor:
     flat = weight.contiguous().view(-1)
     # Eight bytes at a time where they come out even: a sum of narrower integers is widened in memory first.
     size = 8 if flat.nbytes % 8 == 0 else flat.element_size()
-    return flat.view(_INTEGERS[size]).sum(dtype=torch.int64)
+    return flat.view(BITS[size]).sum(dtype=torch.int64)
 
 
 def _new_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> Tensor | None:
@@ -333,7 +357,7 @@ def _new_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> Tensor 
     present: Any = base.bias
     start = torch.zeros((), device=weight.device) if present is None else computing(present.detach())
     total = sum((computing(bias.detach()) * c for bias, c in changes), start)
-    return total.to(weight.dtype if present is None else present.dtype)
+    return total.to(adapter_dtype(base) if present is None else present.dtype)
 
 
 @torch.no_grad()
@@ -341,10 +365,13 @@ def _restore(layer: AdapterLayer) -> None:
     """Put the base layer back to the bit."""
     fused: Fused = layer.fused
     base: Any = layer.base_layer
-    original = fused.original(layer)
-    weight = read_weight(base)
-    if original is not weight:
-        weight.copy_(original)
+    if fused.record is not None:
+        restore(base, fused.record)
+    elif is_plain(base):
+        original = fused.original(layer)
+        weight = read_weight(base)
+        if original is not weight:
+            weight.copy_(original)
     if fused.bias is not None:
         base.bias.data.copy_(fused.bias)
     elif not fused.had_bias and getattr(base, "bias", None) is not None:

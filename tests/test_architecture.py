@@ -34,11 +34,12 @@ BELOW: dict[str, set[str]] = {
     "widening": LIVE | {"layout"},
     "plans": LIVE | {"layout", "widening"},
     "attaching": LIVE | {"layout", "plans", "widening"},
-    "fusing": LIVE | {"attaching", "layout", "plans", "widening"},
+    "fuse_report": LIVE,
+    "fusing": LIVE | {"attaching", "fuse_report", "layout", "plans", "widening"},
 }
 # A layer that is written to tells its slots, which are built on layers: imported when it happens.
 LATE = [("layers/layer.py", "layers/slots.py")]
-OPTIONAL = {"accelerate", "bitsandbytes", "gguf", "matplotlib", "PIL", "ray", "torchao", "transformers"}
+OPTIONAL = {"accelerate", "bitsandbytes", "gguf", "matplotlib", "optimum", "PIL", "ray", "torchao", "transformers"}
 COMMAND_LINE = {"cli", "__main__"}
 
 

@@ -338,7 +338,7 @@ class AdapterLayer(nn.Module):
             added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
         if factors.in_gain is not None:
             gained = self._along(given, factors.in_gain, given)
-            added = added + self.kind.op(self.base_layer, gained, self.weight.to(down.dtype))
+            added = added + self.kind.op(self.base_layer, gained, read_weight(self.base_layer).to(down.dtype))
         if factors.out_gain is not None:
             bias = self.bias
             plain = out if bias is None else out - self._shaped(bias, out)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_loaders.deltas import Delta, Factors
 from lora_loaders.deltas.base import computing
 
-from .base_weight import adapter_device, adapter_dtype
+from .base_weight import adapter_device, adapter_dtype, logical_shape
 from .layer import AdapterLayer
 
 REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
@@ -127,7 +127,7 @@ def _write_rest(
     weight = None
     if any(delta.shape is not None for delta, _ in dense):
         base = layer.original_weight() if any(delta.needs_base for delta, _ in dense) else None
-        shape = layer.weight.shape
+        shape = logical_shape(layer.base_layer)
         weight = _total([(d.delta_weight(base).view(shape), w) for d, w in dense if d.shape is not None])
     dtype = adapter_dtype(layer.base_layer)
     for name, value in (("in_gain", in_gain), ("out_gain", out_gain), ("bias", bias), ("dense", weight)):

@@ -16,6 +16,7 @@ from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents, read
+from lora_loaders.fuse_report import FuseReport
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
@@ -193,9 +194,9 @@ class LoraModelMixin(nn.Module):
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> None:
+    ) -> FuseReport:
         """Add adapters to the base weights; see `fusing.fuse`."""
-        fusing.fuse(self, _names(adapter_names), lora_scale=number(lora_scale), safe_fusing=safe_fusing)
+        return fusing.fuse(self, _names(adapter_names), lora_scale=number(lora_scale), safe_fusing=safe_fusing)
 
     def unfuse_lora(self) -> None:
         """Give the base weights back, to the bit."""

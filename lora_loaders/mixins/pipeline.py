@@ -15,8 +15,9 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
+from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.integrations.equipping import equip
-from lora_loaders.layout import shared_of
+from lora_loaders.layout import adapter_layers, shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.weights import check_components, for_component, number, one_each
 
@@ -217,7 +218,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
-    ) -> None:
+    ) -> FuseReport:
         """Add adapters to the base weights, exactly undone by `unfuse_lora`.
 
         Args:
@@ -237,6 +238,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             for model in models:
                 own = None if names is None else [name for name in names if name in self._names(model)]
                 fusing.fuse(model, own, lora_scale=scale, safe_fusing=safe_fusing)
+        return fuse_report(layer for model in models for _, layer in adapter_layers(model))
 
     @staticmethod
     def _names(model: nn.Module) -> list[str]:
