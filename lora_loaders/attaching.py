@@ -14,10 +14,12 @@ from .adapter import BufferMover
 from .deltas import Delta
 from .errors import AdapterStateError
 from .layers.base_weight import adapter_device, adapter_dtype
+from .layers.kinds import PARAMETER
 from .layers.layer import AdapterLayer
+from .layers.parameter import ParameterLayer, install, layer_for, uninstall
 from .layers.shared import Shared
 from .layers.slots import refresh
-from .layout import adapter_layers, shared_of, submodule_at
+from .layout import adapter_layers, base_of, shared_of, submodule_at
 from .plans import AttachPlan, Binding
 from .widening import narrow, widen
 
@@ -47,7 +49,9 @@ def check_name(name: str) -> None:
 class _Undo:
     """What has been done so far, so that it can be taken back in reverse."""
 
-    installed: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list[tuple[nn.Module, str, nn.Module]])
+    installed: list[tuple[nn.Module, str, AdapterLayer]] = field(
+        default_factory=list[tuple[nn.Module, str, AdapterLayer]]
+    )
     added: list[AdapterLayer] = field(default_factory=list[AdapterLayer])
     states: list[tuple[AdapterLayer, tuple[str, ...]]] = field(
         default_factory=list[tuple[AdapterLayer, tuple[str, ...]]]
@@ -75,10 +79,18 @@ def apply(
 
     Raises:
         AdapterMismatchError: the plan has problems.
-        AdapterStateError: a bad name.
+        AdapterStateError: a bad name, or a raw parameter's adapter is to be trained.
     """
     plan.check(name)
     check_name(name)
+    raw = [binding.path for binding in plan.bindings if binding.kind is PARAMETER]
+    if requires_grad and raw:
+        raise AdapterStateError(
+            "adapters of raw parameters cannot be trained: their owners' forwards read a value, not a sum",
+            problems=raw,
+            mend="Leave them out of the adapter that is trained.",
+            state="The model was not changed.",
+        )
     undo = _Undo()
     try:
         touched = {component: _shared_for(plan.models[component]) for component in plan.components}
@@ -109,8 +121,8 @@ def _take_back(undo: _Undo, name: str) -> None:
         shared.enabled = enabled
     for layer, model in undo.widened:
         narrow(layer, model)
-    for parent, child, module in reversed(undo.installed):
-        setattr(parent, child, module)
+    for parent, child, layer in reversed(undo.installed):
+        uninstall(parent, child, layer)
     refresh(layer for layer, _ in undo.states if layer.templates)
 
 
@@ -124,13 +136,13 @@ def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Und
     parent_path, _, child = binding.path.rpartition(".")
     parent = submodule_at(model, parent_path) if parent_path else model
     assert parent is not None
-    present = getattr(parent, child)
+    present = vars(parent)["_modules"].get(child)  # an attribute may be the raw parameter beside it
     if isinstance(present, AdapterLayer):
         layer = present
     else:
-        layer = AdapterLayer(present, binding.kind, shared)
-        setattr(parent, child, layer)
-        undo.installed.append((parent, child, present))
+        layer = layer_for(base_of(binding.module) if present is None else present, binding.kind, shared)
+        install(parent, child, layer)
+        undo.installed.append((parent, child, layer))
     if binding.widens:
         assert binding.delta.shape is not None
         undo.widened.append((layer, model))
@@ -190,7 +202,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
             parent_path, _, child = path.rpartition(".")
             parent = submodule_at(model, parent_path) if parent_path else model
             assert parent is not None
-            setattr(parent, child, layer.base_layer)
+            uninstall(parent, child, layer)
     refresh(kept)
 
 
@@ -203,9 +215,10 @@ def without_layers(model: nn.Module) -> Generator[None]:
             parent_path, _, child = path.rpartition(".")
             parent = submodule_at(model, parent_path) if parent_path else model
             assert parent is not None
-            setattr(parent, child, layer.base_layer)
+            uninstall(parent, child, layer)
             taken.append((parent, child, layer))
         yield
     finally:
         for parent, child, layer in taken:
-            setattr(parent, child, layer)
+            install(parent, child, layer)
+        refresh(layer for _, _, layer in taken if isinstance(layer, ParameterLayer))

@@ -241,6 +241,7 @@ def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusi
     Returns:
         What makes the record small; until it is called the record is a copy of the weight.
     """
+    layer.settle()
     if layer.fused is not None:
         if layer.fused.coefficients == coefficients:
             return _nothing

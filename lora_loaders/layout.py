@@ -9,6 +9,8 @@ from .families.rules import NUMBER, flatten
 from .layers.base_weight import logical_shape
 from .layers.kinds import kind_of
 from .layers.layer import AdapterLayer
+from .layers.parameter import ParameterLayer
+from .layers.raw import raw_parameter
 from .layers.shared import Shared
 
 
@@ -35,6 +37,9 @@ class ModelLayout:
         for candidate in self._spellings(component, path):
             module = submodule_at(model, candidate)
             if module is None:
+                parameter = parameter_at(model, candidate)
+                if parameter is not None:
+                    return candidate, parameter
                 continue
             if isinstance(module, AdapterLayer) or kind_of(module) is not None or not len(list(module.children())):
                 return candidate, module
@@ -73,8 +78,7 @@ class ModelLayout:
         if model is None:
             return None
         if component not in self._flat:
-            paths = (path for path, module in named_bases(model) if kind_of(module) is not None)
-            self._flat[component] = {flatten(path): path for path in paths}
+            self._flat[component] = {flatten(path): path for path in adaptable_paths(model)}
         flat = flatten(name)
         return self._flat[component].get(flat, self._flat[component].get(f"{flat}_0"))
 
@@ -83,9 +87,8 @@ class ModelLayout:
         model = self.components.get(component)
         if model is None:
             return None
-        paths = [name for name, module in named_bases(model) if kind_of(module) is not None]
         patterns: dict[str, list[str]] = {}
-        for name in paths:
+        for name in adaptable_paths(model):
             patterns.setdefault(NUMBER.sub("#", name), []).append(name)
         # A model has thousands of paths and some dozens of patterns; similarity is slow to compute.
         close = get_close_matches(NUMBER.sub("#", path), patterns, n=1, cutoff=0.7)
@@ -105,6 +108,24 @@ def submodule_at(model: nn.Module, path: str) -> nn.Module | None:
         child = getattr(module, part, None)
         module = child if isinstance(child, nn.Module) else None
     return module
+
+
+def parameter_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The raw parameter at a path, as a layer or as the adapter layer beside it; None where there is none."""
+    owner_path, _, name = path.rpartition(".")
+    owner = submodule_at(model, owner_path) if owner_path else model
+    if owner is None or kind_of(base_of(owner)) is not None:
+        return None
+    return vars(owner)["_modules"].get(name) or raw_parameter(owner, name)
+
+
+def adaptable_paths(model: nn.Module) -> Iterator[str]:
+    """Paths of everything that can carry adapters: modules of a known kind, and the raw parameters of others."""
+    for path, module in (("", model), *named_bases(model)):
+        if kind_of(module) is not None:
+            yield path
+        else:
+            yield from (f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -128,6 +149,8 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, AdapterLayer]]:
 def named_bases(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` as if no adapter were there."""
     for name, child in model.named_children():
+        if isinstance(child, ParameterLayer):
+            continue
         base = base_of(child)
         yield prefix + name, base
         yield from named_bases(base, f"{prefix}{name}.")

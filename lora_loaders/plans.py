@@ -1,5 +1,6 @@
 """Planning: the module of every delta is found and everything is checked, and nothing is touched."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .deltas import Delta, LoraDelta
 from .errors import AdapterMismatchError
-from .layers.base_weight import logical_shape
-from .layers.kinds import Kind, kind_of
+from .layers.base_weight import is_plain, logical_shape
+from .layers.kinds import PARAMETER, Kind, kind_of
 from .layout import ModelLayout, base_of
 from .widening import hinders_widening
 
@@ -179,7 +180,9 @@ def _bind(
     for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
         if bias.shape != own[:1]:
             return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"
-    if shape is None:
+    if kind is PARAMETER and (problem := _hinders_parameter(base, delta)):
+        return None, problem
+    if shape is None or kind is PARAMETER:
         return Binding(component, path, module, kind, delta), None
     if delta.fits(own):
         return Binding(component, path, module, kind, fit(delta, own)), None
@@ -199,6 +202,16 @@ def _bind(
                 "load it with FluxControlPipeline"
             )
     return None, f"the adapter is for a weight of shape {shape}, the module has {own}"
+
+
+def _hinders_parameter(base: nn.Module, delta: Delta) -> str | None:
+    """Why this cannot change a raw parameter; its shape in the file may be another, the number of elements counts."""
+    own = logical_shape(base)
+    if delta.bias is not None:
+        return "the adapter changes a bias too, and a raw parameter has none"
+    if delta.shape is not None and math.prod(delta.shape) != math.prod(own):
+        return f"the adapter is for a parameter of shape {delta.shape}, this one has {own}"
+    return None if is_plain(base) else "the parameter is quantised or sharded and cannot be written"
 
 
 def fit(delta: Delta, shape: tuple[int, ...]) -> Delta:

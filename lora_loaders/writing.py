@@ -21,9 +21,10 @@ from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
 from .files import atomic, write_safetensors
 from .formats import Format, format_named
-from .formats.grammar import COMMON, STYLES
+from .formats.grammar import COMMON, MODULATION, STYLES
+from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions
-from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config, plain_alpha
+from .scaling import plain_alpha
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def to_tensors(
             mend="Choose another format, or write in float32 where rounding is the reason.",
             state="Nothing was written.",
         )
-    return writing.tensors, _metadata(adapter, writing), _peft_config(writing)
+    config = peft_config(writing.alphas, writing.tensors)
+    return writing.tensors, metadata_of(adapter, form, writing.alphas), config
 
 
 def write_adapter(
@@ -116,7 +118,7 @@ def write_adapter(
         )
     tensors, metadata, config = to_tensors(adapter, format)
     if format == "indexed":
-        metadata |= _indexed_metadata(adapter)
+        metadata |= indexed_metadata(adapter)
     with ExitStack() as stack:
         if config_path is not None:
             stack.enter_context(atomic(config_path)).write_text(json.dumps(config, indent=2), "utf-8")
@@ -278,17 +280,6 @@ def _indexed(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> 
     return named
 
 
-def _indexed_metadata(adapter: Adapter) -> dict[str, str]:
-    family = family_named(adapter.family or "")
-    metadata: dict[str, str] = {}
-    for component, deltas in adapter.deltas.items():
-        classes = dict.fromkeys(cls for cls, _ in family.traversal[component])
-        metadata[component] = json.dumps(list(classes))
-        order = [path for _, path in family.traversal[component]]
-        metadata |= {f"{component}:{i}:rank": str(deltas[path].rank) for i, path in enumerate(order)}
-    return metadata | dict.fromkeys(adapter.embeddings, "<embed>")
-
-
 def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: _Writing) -> None:
     form = writing.form
     where = f"{component}.{name}"
@@ -306,6 +297,8 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         writing.problems.append(f"{where}: {error.what}")
         return
     slots = {**inner.slots(), **_magnitude(delta, form)}
+    if "diff_m" in slots:
+        name, slots = _modulation(name, slots)
     written = flatten_name(name) if form.flat else name
     for slot, tensor in slots.items():
         suffix = form.slots.get(slot) or STYLES[form.style].get(slot) or COMMON.get(slot)
@@ -319,6 +312,13 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
         writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
+
+
+def _modulation(name: str, slots: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """`….modulation` with `diff_m` loses its last part; under another name the change is an ordinary difference."""
+    if name.endswith(f".{MODULATION}"):
+        return name.removesuffix(f".{MODULATION}"), slots
+    return name, {"diff": slots["diff_m"]}
 
 
 def flatten_name(name: str) -> str:
@@ -366,32 +366,3 @@ def _alpha_tensor(delta: Delta, alpha: float) -> Tensor:
     dtype = next((t.dtype for t in delta.tensors().values() if t.is_floating_point()), torch.float32)
     tensor = torch.tensor(alpha, dtype=dtype)
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
-
-
-def _metadata(adapter: Adapter, writing: _Writing) -> dict[str, str]:
-    own = {METADATA_KEY, "format"}
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
-    if adapter.format == "indexed":
-        metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}
-        metadata = {key: value for key, value in metadata.items() if key not in adapter.deltas}
-    metadata["format"] = "pt"
-    if writing.form.alpha == "folded":
-        # Read again, the header's alpha would scale a second time.
-        metadata = {key: value for key, value in metadata.items() if key not in KOHYA_SCALING}
-    if writing.form.alpha == "metadata":
-        said = {c: loras for c, loras in writing.alphas.items() if any(d.alpha is not None for d in loras.values())}
-        configs = {component: lora_config(loras) for component, loras in said.items()}
-        if configs:
-            flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
-            metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
-    elif writing.form.name == "kohya":
-        metadata = {**kohya_header([delta for _, _, delta in adapter.modules()]), **metadata}
-    return metadata
-
-
-def _peft_config(writing: _Writing) -> dict[str, Any]:
-    loras = {name: delta for deltas in writing.alphas.values() for name, delta in deltas.items()}
-    if not loras:
-        return {}
-    dora = any(".lora_magnitude_vector" in key for key in writing.tensors)
-    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **lora_config(loras)}

@@ -27,7 +27,8 @@ BELOW: dict[str, set[str]] = {
     "families": {"adapter", "deltas", "errors"},
     "detection": {"errors", "families", "formats"},
     "conversion": READING,
-    "writing": READING | {"conversion"},
+    "headers": READING,
+    "writing": READING | {"conversion", "headers"},
     "layers": {"deltas", "errors"},
     # A live model's names are flattened by the same rule as those of a file.
     "layout": LIVE,

@@ -107,7 +107,7 @@ class SetDelta(Delta):
         """`value - W`."""
         if base_weight is None:
             raise ConversionError("a replaced weight has a ΔW only against the weight it replaces: pass base_weight")
-        return computing(self.value) - computing(base_weight)
+        return computing(self.value).reshape(base_weight.shape) - computing(base_weight)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "SetDelta":

@@ -132,6 +132,8 @@ PREFIXES: Mapping[str, str] = {
 _BY_LENGTH = sorted(PREFIXES, key=len, reverse=True)
 _FIRST = frozenset(prefix[0] for prefix in PREFIXES)
 
+MODULATION = "modulation"
+"""The parameter that LightX2V's `.diff_m` is the difference of; the suffix stands in the place of its name."""
 NO_SUFFIX = "no known suffix"
 DROPPED: tuple[tuple[str, str], ...] = (
     ("_aux.", "helper data of a slider tool, no weight"),
@@ -220,6 +222,8 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
             left[key] = reason or NO_SUFFIX
             continue
         parsed.append(split)
+        if split.slot == "diff_m" and not split.name.endswith(MODULATION):
+            split = split._replace(name=f"{split.name}.{MODULATION}")
         module = modules.setdefault(
             (split.component, split.name), RawModule(split.prefix, split.component, split.name, {}, split.adapter)
         )

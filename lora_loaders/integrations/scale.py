@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_loaders.layers.shared import Shared
+from lora_loaders.layers.slots import refresh
 from lora_loaders.layout import shared_of
 
 SPELLINGS = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
@@ -44,7 +46,7 @@ def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
         if given is not None and "scale" in given:
             rest = {key: value for key, value in given.items() if key != "scale"}
             if shared is not None:
-                shared.scale = 1.0 if given["scale"] is None else float(given["scale"])
+                set_scale(shared, 1.0 if given["scale"] is None else float(given["scale"]))
             return args, {**kwargs, spelling: rest}
     return None
 
@@ -52,4 +54,13 @@ def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
 def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
     shared = shared_of(model)
     if shared is not None:
-        shared.scale, shared.outer_scale = shared.outer_scale, 1.0
+        set_scale(shared, shared.outer_scale)
+        shared.outer_scale = 1.0
+
+
+def set_scale(shared: Shared, scale: float) -> None:
+    """Multiply all contributions of a model's adapters by this."""
+    changed = scale != shared.scale
+    shared.scale = scale
+    if changed and shared.parameters:  # their values hold the scale; what a forward of ours computes does not
+        refresh(shared.parameters)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .raw import RawParameter
+
 
 class Op(Protocol):
     """The layer's map, linear in `weight`, without bias."""
@@ -90,12 +92,17 @@ def _rms_norm(base: Any, x: Tensor, weight: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight.to(x.dtype)
 
 
+def _no_forward(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    raise TypeError("a raw parameter is read by its owner and has no forward of its own")
+
+
 LINEAR = Kind("linear", _linear, _linear_low_rank, channel=-1)
 CONV = Kind("convolution", _conv, _conv_low_rank, channel=1)
 EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank)
 LAYER_NORM = Kind("norm", _layer_norm, channel=-1)
 GROUP_NORM = Kind("norm", _group_norm, channel=1)
 RMS_NORM = Kind("norm", _rms_norm, channel=-1)
+PARAMETER = Kind("parameter", _no_forward)
 
 KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
     (nn.Linear, LINEAR),
@@ -103,6 +110,7 @@ KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = 
     (nn.Embedding, EMBEDDING),
     (nn.LayerNorm, LAYER_NORM),
     (nn.GroupNorm, GROUP_NORM),
+    (RawParameter, PARAMETER),
 )
 
 

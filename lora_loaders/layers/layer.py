@@ -204,6 +204,9 @@ class AdapterLayer(nn.Module):
             and stored["lora_B"]._modules[name]._parameters["weight"] is factors.up
         )
 
+    def settle(self) -> None:
+        """Take out of the base weight what this layer has written into it unfused: nothing, but for raw parameters."""
+
     def original_weight(self) -> Tensor:
         """The base weight as it was before anything was fused into it."""
         return read_weight(self.base_layer) if self.fused is None else self.fused.original(self)

@@ -19,5 +19,7 @@ class Shared:
     """Rank that every slot has room for, so that hot-swapping finds the same storage."""
     frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     """Base parameters whose gradients were switched off for training an adapter."""
+    parameters: list[Any] = field(default_factory=list[Any])
+    """Layers of raw parameters, whose values hold the scale."""
     hooks: list[Any] = field(default_factory=list[Any])
     """Handles of the hooks that read the scale of a forward."""

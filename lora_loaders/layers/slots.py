@@ -11,6 +11,7 @@ from lora_loaders.deltas.base import computing
 
 from .base_weight import adapter_device, adapter_dtype, logical_shape
 from .layer import AdapterLayer
+from .parameter import ParameterLayer
 
 REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
 STEP = 8
@@ -38,7 +39,10 @@ def refresh(layers: Iterable[AdapterLayer]) -> None:
     writes = _Writes()
     with torch.no_grad():
         for layer in layers:
-            _stack(layer, writes)
+            if isinstance(layer, ParameterLayer):
+                layer.write()
+            else:
+                _stack(layer, writes)
         if writes.empty:
             torch._foreach_zero_(writes.empty)  # pyright: ignore[reportPrivateUsage]
         if writes.downs:

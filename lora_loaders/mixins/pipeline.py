@@ -17,6 +17,7 @@ from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.integrations.equipping import equip
+from lora_loaders.integrations.scale import set_scale
 from lora_loaders.layout import adapter_layers, shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.weights import check_components, for_component, number, one_each
@@ -283,12 +284,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         encoders = (model for name, model in self.lora_components.items() if name.startswith("text_encoder"))
         states = [shared for model in encoders if (shared := shared_of(model)) is not None]
         for shared in states:
-            shared.scale = scale
+            set_scale(shared, scale)
         try:
             yield
         finally:
             for shared in states:
-                shared.scale = 1.0
+                set_scale(shared, 1.0)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the pipeline under its plain keys, what is fused included and what is not fused left out."""

@@ -1,0 +1,57 @@
+"""What a file says beside its tensors: the header's metadata, and PEFT's `adapter_config.json`."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .adapter import Adapter
+from .deltas import LoraDelta
+from .detection import family_named
+from .formats import Format
+from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config
+
+Named = Mapping[str, Mapping[str, LoraDelta]]
+"""Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
+
+
+def metadata_of(adapter: Adapter, form: Format, alphas: Named) -> dict[str, str]:
+    """The header's metadata: the adapter's own, and alphas where the format keeps them there."""
+    own = {METADATA_KEY, "format"}
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
+    if adapter.format == "indexed":
+        metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}
+        metadata = {key: value for key, value in metadata.items() if key not in adapter.deltas}
+    metadata["format"] = "pt"
+    if form.alpha == "folded":
+        # Read again, the header's alpha would scale a second time.
+        metadata = {key: value for key, value in metadata.items() if key not in KOHYA_SCALING}
+    if form.alpha == "metadata":
+        said = {c: loras for c, loras in alphas.items() if any(d.alpha is not None for d in loras.values())}
+        configs = {component: lora_config(loras) for component, loras in said.items()}
+        if configs:
+            flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
+            metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
+    elif form.name == "kohya":
+        metadata = {**kohya_header([delta for _, _, delta in adapter.modules()]), **metadata}
+    return metadata
+
+
+def peft_config(alphas: Named, keys: Iterable[str]) -> dict[str, Any]:
+    """PEFT's configuration for a file of these keys; empty where it holds no LoRA."""
+    loras = {name: delta for deltas in alphas.values() for name, delta in deltas.items()}
+    if not loras:
+        return {}
+    dora = any(".lora_magnitude_vector" in key for key in keys)
+    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **lora_config(loras)}
+
+
+def indexed_metadata(adapter: Adapter) -> dict[str, str]:
+    """What the format that numbers modules states of them."""
+    family = family_named(adapter.family or "")
+    metadata: dict[str, str] = {}
+    for component, deltas in adapter.deltas.items():
+        classes = dict.fromkeys(cls for cls, _ in family.traversal[component])
+        metadata[component] = json.dumps(list(classes))
+        order = [path for _, path in family.traversal[component]]
+        metadata |= {f"{component}:{i}:rank": str(deltas[path].rank) for i, path in enumerate(order)}
+    return metadata | dict.fromkeys(adapter.embeddings, "<embed>")
