@@ -2,6 +2,7 @@
 
 from .adapter import Adapter
 from .conversion import read_adapter
+from .converting import convert
 from .deltas import Delta
 from .errors import (
     AdapterFileError,
@@ -30,7 +31,7 @@ from .mixins.pipeline import LoraPipelineMixin
 from .planning import plan
 from .plans import AttachPlan
 from .tuning.config import LoraConfig
-from .writing import convert, write_adapter
+from .writing import write_adapter
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,11 +1,10 @@
 """Files and the Hub against tensors and a header: one-blob reads, checked headers, writes whole or not at all."""
 
 import contextlib
-import ctypes
 import json
 import os
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import UNTOUCHED, MalformedAdapterError, UnsafeFileError
+from .lazy import FileTensor, SourceFile, Span, bytes_of, form_of, pieces_of, write_all
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, locate
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,8 +53,15 @@ def read(
     hub: HubOptions | None = None,
     *,
     allow_pickle: bool = False,
+    lazily: bool = False,
 ) -> Contents:
     """Read tensors and metadata from a path, a folder, a Hub id or a dictionary.
+
+    Args:
+        source: what to read.
+        hub: file name, subfolder, revision, token and cache, for folders and Hub ids.
+        allow_pickle: whether a pickle may be read, with torch's weights-only reader.
+        lazily: leave the tensors of a safetensors file where they are, see `FileTensor`.
 
     Raises:
         AdapterFileError: nothing there, or several files and no `weight_name`.
@@ -72,7 +79,7 @@ def read(
                 state=UNTOUCHED,
             )
         return _read_pickle(path)
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = (open_safetensors if lazily else read_safetensors)(path)
     return Contents(tensors, metadata, adapter_config(path), str(path))
 
 
@@ -181,36 +188,25 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     entries, metadata, end = read_header(path)
     size = max((entry.stop for entry in entries.values()), default=0)
     blob = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available() and size >= CHUNK)
-    _read_into(path, blob, end)
+    if size:
+        _read_into(blob, SourceFile(path), end)
     dtypes = {entry.dtype for entry in entries.values()}
     typed = {dtype: blob[: size - size % dtype.itemsize].view(dtype) for dtype in dtypes}
     return {name: _view(blob, typed[entry.dtype], entry) for name, entry in entries.items()}, metadata
 
 
-def _read_into(path: Path, blob: Tensor, offset: int) -> None:
+def _read_into(blob: Tensor, file: SourceFile, offset: int) -> None:
     """Fill the buffer from the file, in as many parallel reads as it has chunks."""
-    size = blob.numel()
-    if size == 0:
-        return
-    target = memoryview((ctypes.c_char * size).from_address(blob.data_ptr())).cast("B")
+    target = bytes_of(blob)
 
     def read_chunk(start: int) -> None:
-        stop = min(start + CHUNK, size)
-        while start < stop:
-            count = os.preadv(descriptor, [target[start:stop]], offset + start)
-            if count == 0:
-                raise MalformedAdapterError(f"{path} became shorter while it was read", state=UNTOUCHED)
-            start += count
+        file.read_into(target[start : start + CHUNK], offset + start)
 
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if size <= CHUNK:
-            read_chunk(0)
-        else:
-            with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-                list(pool.map(read_chunk, range(0, size, CHUNK)))
-    finally:
-        os.close(descriptor)
+    if len(target) <= CHUNK:
+        read_chunk(0)
+        return
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(read_chunk, range(0, len(target), CHUNK)))
 
 
 def _view(blob: Tensor, typed: Tensor, entry: Entry) -> Tensor:
@@ -220,18 +216,96 @@ def _view(blob: Tensor, typed: Tensor, entry: Entry) -> Tensor:
     return typed[entry.start // itemsize : entry.stop // itemsize].view(entry.shape)
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write a file whole or not at all; tensors may be views, shared or on any device."""
-    from safetensors.torch import save
+def open_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, left where they are, and the header's metadata.
 
-    plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        temporary.write_bytes(save(plain, metadata=dict(metadata) or None))
+    Raises:
+        MalformedAdapterError: see `read_header`.
+    """
+    path = Path(path)
+    entries, metadata, end = read_header(path)
+    file = SourceFile(path)
+
+    def tensor(entry: Entry) -> Tensor:
+        return FileTensor.lying_at([Span(file, end + entry.start, end + entry.stop)], form_of(entry.shape, entry.dtype))
+
+    return {name: tensor(entry) for name, entry in entries.items()}, metadata
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a file whole or not at all, tensor by tensor; they may be views, shared or on any device.
+
+    Bytes that lie in a file are copied there from there. Such a copy can be made again, so it is flushed to the disk
+    only where it replaces something.
+
+    Raises:
+        MalformedAdapterError: a tensor of a dtype that the format has no word for.
+    """
+    path = Path(path)
+    pieces = {name: list(pieces_of(tensor)) for name, tensor in tensors.items()}
+
+    def place(name: str) -> tuple[int, float, str]:
+        # Wide dtypes first, so that all are aligned; then as in the source, so that its bytes are copied in long runs.
+        first = pieces[name][0] if pieces[name] else None
+        return -tensors[name].itemsize, first.start if isinstance(first, Span) else float("inf"), name
+
+    order = sorted(tensors, key=place)
+    header = _header({name: tensors[name] for name in order}, metadata)
+    is_copy = any(isinstance(tensor, FileTensor) for tensor in tensors.values())
+    # Not truncated: ext4 flushes what was truncated when it is closed, which takes longer than the copying.
+    with atomic(path, durable=path.exists() or not is_copy) as temporary, temporary.open("r+b", buffering=0) as file:
+        write_all(file.fileno(), memoryview(header))
+        for run in _runs(piece for name in order for piece in pieces[name]):
+            if isinstance(run, Span):
+                run.file.copy_to(file.fileno(), run.start, run.stop)
+            elif run.numel():
+                numbers = run.read() if isinstance(run, FileTensor) else run
+                plain = numbers.detach().to("cpu").contiguous()
+                write_all(file.fileno(), bytes_of(plain))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header with its length before it; spaces make it end at a multiple of 8 bytes."""
+    unknown = [f"{name}: {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in NAMES]
+    if unknown:
+        raise MalformedAdapterError(
+            "safetensors files hold no such dtype", problems=unknown, state="Nothing was written."
+        )
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _runs(pieces: Iterable[Span | Tensor]) -> Iterator[Span | Tensor]:
+    """The same bytes in the same order, neighbouring spans of a file as one."""
+    run: Span | None = None
+    for piece in pieces:
+        if run is not None and isinstance(piece, Span) and run[::2] == (piece.file, piece.start):
+            run = Span(run.file, run.start, piece.stop)
+            continue
+        if run is not None:
+            yield run
+        run = piece if isinstance(piece, Span) else None
+        if run is None:
+            yield piece
+    if run is not None:
+        yield run
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+def atomic(path: str | os.PathLike[str], *, durable: bool = True) -> Generator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Args:
+        path: the file.
+        durable: flush it to the disk first, so that it is whole also after a power cut.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -239,11 +313,13 @@ def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

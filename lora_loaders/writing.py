@@ -1,7 +1,6 @@
 """`Adapter` -> file: names read backward through the family's table, tensors under the format's suffixes."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .conversion import Source, read_adapter
 from .deltas import Delta, DoraDelta, LoraDelta
 from .detection import family_named
 from .errors import AdapterFileError, ConversionError
@@ -23,10 +21,8 @@ from .files import atomic, write_safetensors
 from .formats import Format, format_named
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
-from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions
+from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
 from .scaling import plain_alpha
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -140,36 +136,6 @@ def target_path(path: str | os.PathLike[str], format: str) -> Path:
             state="Nothing was written.",
         )
     return path if path.suffix == ".safetensors" else path / DEFAULT_NAMES[format == "peft"]
-
-
-def convert(
-    source: Source,
-    target: str | os.PathLike[str],
-    *,
-    format: str,
-    family: str | None = None,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = True,
-    use_safetensors: bool | None = None,
-    hub: HubOptions | None = None,
-) -> Path:
-    """Read any spelling and write another; see `read_adapter` and `write_adapter`.
-
-    Raises:
-        AdapterFileError, ConversionError: and nothing is written.
-    """
-    adapter = read_adapter(source, family=family, use_safetensors=use_safetensors, hub=hub)
-    if adapter.unresolved:
-        raise ConversionError(
-            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
-            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
-            mend="Name the family with family=… if it was taken for another.",
-            state="Nothing was written.",
-        )
-    if adapter.ignored:
-        reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])
-        logger.warning("%s: %d keys are left out: %s", adapter.source, len(adapter.ignored), reasons)
-    return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite)
 
 
 def _prefix(form: Format, component: str, family: Family | None) -> str | None:

@@ -18,10 +18,11 @@ from torch import nn
 
 from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse, read_adapter
+from lora_loaders.converting import convert
 from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
 from lora_loaders.errors import AdapterFileError, ConversionError
 from lora_loaders.files import Contents, read_header
-from lora_loaders.writing import convert, to_tensors, write_adapter
+from lora_loaders.writing import to_tensors, write_adapter
 
 TARGETS = ("peft", "diffusers", "diffusers-old", "kohya", "original", "bfl", "xlabs", "onetrainer", "lycoris")
 EMPTY = (*IMPOSSIBLE, "lorainspector_snap_alpha_keys")  # of the last only the alphas are known

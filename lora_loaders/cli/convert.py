@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_loaders.conversion import parse
+from lora_loaders.converting import convert as convert_adapter
 from lora_loaders.errors import AdapterFileError
 from lora_loaders.files import read_header
 from lora_loaders.inspecting import open_contents
 from lora_loaders.locating import DEFAULT_NAMES, PICKLES, HubOptions
-from lora_loaders.writing import convert as convert_adapter
 
 from .options import FORMAT_NAMES, AllowPickle, Dtype, FamilyName, Revision, Subfolder, Token, WeightName, check_format
 from .tables import counted, grouped, in_bytes, show_notes

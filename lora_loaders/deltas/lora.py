@@ -155,18 +155,24 @@ class LoraDelta(Delta):
         if all(same(part.down, first.down) for part in parts[1:]):
             return replace(first, up=torch.cat(ups), **biases)
         rank = sum(part.rank for part in parts)
-        up = first.up.new_zeros(sum(sizes), rank, *first.up.shape[2:])
-        column = 0
-        for (start, size), part, block in zip(_spans(sizes), parts, ups, strict=True):
-            up[start : start + size, column : column + part.rank] = block
-            column += part.rank
-        return replace(
-            first, down=torch.cat([p.down for p in parts]), up=up, alpha=first._alpha_at_rank(rank), **biases
-        )
+        down, up = torch.cat([part.down for part in parts]), _block_diagonal(ups, rank)
+        return replace(first, down=down, up=up, alpha=first._alpha_at_rank(rank), **biases)
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
+
+
+def _block_diagonal(blocks: Sequence[Tensor], rank: int) -> Tensor:
+    """The blocks below one another, each in columns of its own."""
+    rows: list[Tensor] = []
+    column = 0
+    for block in blocks:
+        size, width, *kernel = block.shape
+        before, after = (block.new_zeros(size, zeros, *kernel) for zeros in (column, rank - column - width))
+        rows.append(torch.cat([before, block, after], 1))
+        column += width
+    return torch.cat(rows)
 
 
 def _diagonal_blocks(parts: Sequence[Tensor], rank: int) -> list[slice] | None:
@@ -174,8 +180,6 @@ def _diagonal_blocks(parts: Sequence[Tensor], rank: int) -> list[slice] | None:
     count = len(parts)
     if count < 2 or rank % count or parts[0].is_meta:
         return None
-    if not any(part.any() for part in parts):
-        return None  # an untrained adapter: its rank must survive
     step = rank // count
     blocks = [slice(index * step, (index + 1) * step) for index in range(count)]
     for part, block in zip(parts, blocks, strict=True):
@@ -183,7 +187,8 @@ def _diagonal_blocks(parts: Sequence[Tensor], rank: int) -> list[slice] | None:
         for rows in (part[:1], part):
             if rows[:, : block.start].any() or rows[:, block.stop :].any():
                 return None
-    return blocks
+    # Of an untrained adapter the rank must survive.
+    return blocks if any(part.any() for part in parts) else None
 
 
 def _times(factor: Tensor, ratio: float) -> Tensor:

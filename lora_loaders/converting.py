@@ -1,0 +1,52 @@
+"""File -> file: any spelling read, another written, and the bytes left alone on the way."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from .adapter import Adapter
+from .conversion import Source, parse
+from .errors import ConversionError
+from .files import read
+from .locating import HubOptions
+from .writing import write_adapter
+
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    source: Source,
+    target: str | os.PathLike[str],
+    *,
+    format: str,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = True,
+    use_safetensors: bool | None = None,
+    hub: HubOptions | None = None,
+) -> Path:
+    """Read any spelling and write another; see `read_adapter` and `write_adapter`.
+
+    Where names change and rows are only cut, reordered or put together, bytes go from file to file unread; the rest
+    goes tensor by tensor. Memory does not grow with the file.
+
+    Raises:
+        AdapterFileError, ConversionError: and nothing is written.
+    """
+    if isinstance(source, Adapter):
+        adapter = source
+    else:
+        adapter = parse(read(source, hub, allow_pickle=use_safetensors is False, lazily=True), family)
+    if adapter.unresolved:
+        raise ConversionError(
+            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
+            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
+            mend="Name the family with family=… if it was taken for another.",
+            state="Nothing was written.",
+        )
+    if adapter.ignored:
+        reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])
+        logger.warning("%s: %d keys are left out: %s", adapter.source, len(adapter.ignored), reasons)
+    return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite)
