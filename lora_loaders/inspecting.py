@@ -7,16 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .adapter import Adapter
 from .conversion import parse
 from .deltas import Delta, DoraDelta, LoraDelta, SparseDelta
 from .detection import rank_families
-from .files import Contents, adapter_config, read, read_header
+from .files import Contents, read
 from .formats import read_modules
-from .locating import PICKLES, HubOptions, locate
+from .locating import HubOptions, locate
 
 
 @dataclass(frozen=True)
@@ -86,24 +83,13 @@ class Inspection:
 def open_contents(
     source: str | os.PathLike[str], hub: HubOptions | None = None, *, allow_pickle: bool = False
 ) -> tuple[Contents, Path]:
-    """A file's contents, mapped rather than read: only what is looked at comes from the disk.
+    """A file's contents, left where they are: only what is looked at comes from the disk.
 
     Raises:
         AdapterFileError: see `files.read`.
     """
     path = locate(source, hub or HubOptions(), allow_pickle=allow_pickle)
-    if path.suffix in PICKLES:
-        return read(path, allow_pickle=allow_pickle), path
-    entries, metadata, end = read_header(path)
-    # A private mapping: nothing that happens to these tensors reaches the file.
-    blob = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-
-    def view(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        data = blob[end + start : end + stop]
-        return (data.clone() if (end + start) % dtype.itemsize else data).view(dtype)
-
-    tensors = {key: view(e.start, e.stop, e.dtype).view(e.shape) for key, e in entries.items()}
-    return Contents(tensors, metadata, adapter_config(path), str(path)), path
+    return read(path, allow_pickle=allow_pickle, lazily=True), path
 
 
 def inspect_contents(contents: Contents, path: Path, family: str | None = None) -> Inspection:
