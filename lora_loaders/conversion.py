@@ -221,6 +221,8 @@ def _place(delta: Delta, resolved: Resolved, component: str, layout: Layout | No
     live = [layout.rows(component, path) for path in paths] if layout else []
     if live and all(size is not None for size in live) and rows in (-1, sum(size or 0 for size in live)):
         sizes = [size or 0 for size in live]
+    elif rows < 0:  # names alone were read, which have no rows to count
+        sizes = list(rule.shares)
     else:
         unit, rest = divmod(rows, sum(rule.shares))
         if rest:

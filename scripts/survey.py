@@ -1,0 +1,105 @@
+"""Prints what becomes of the keys of many adapter files: family, spelling, keys bound, ignored and unknown.
+
+scripts/survey.py PATH …    a .safetensors file (its header alone is read), a .json listing, or a folder of these
+
+A listing is `{"keys": {key: {"shape": [...]}}}`, `{key: …}` or `[key, …]`; shapes may be missing. Exits with 1 if any
+key is unknown: read as an adapter's, and of a name that the file's family does not have, or no adapter's at all.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lora_loaders.conversion import parse
+from lora_loaders.errors import UnknownFormatError
+from lora_loaders.files import Contents, read_header
+from lora_loaders.formats import NO_SUFFIX
+from lora_loaders.inspecting import likely_families
+
+ENDINGS = (".json", ".safetensors")
+
+
+class Row(NamedTuple):
+    """What was found out about one file."""
+
+    file: str
+    family: str
+    also: tuple[str, ...]
+    """Families that its names and shapes fit equally well."""
+    spelling: str
+    keys: int
+    bound: int
+    ignored: dict[str, str]
+    unknown: tuple[str, ...]
+
+
+def listed(path: Path) -> dict[str, tuple[int, ...] | None]:
+    """Keys of a file and their shapes, None where the listing gives none."""
+    if path.suffix == ".safetensors":
+        return {key: entry.shape for key, entry in read_header(path)[0].items()}
+    listing: Any = json.loads(path.read_text("utf-8"))
+    keys: Any = listing.get("keys", listing) if isinstance(listing, dict) else dict.fromkeys(listing)
+    return {key: _shape(value) for key, value in keys.items()}
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    shape = value.get("shape") if isinstance(value, dict) else value
+    return tuple(shape) if isinstance(shape, list) else None
+
+
+def surveyed(name: str, keys: dict[str, tuple[int, ...] | None], family: str | None = None) -> Row:
+    """Read the names of one file, and its shapes as far as they tell the family."""
+    tensors: dict[str, Tensor] = {key: torch.empty(shape or 0, device="meta") for key, shape in keys.items()}
+    contents = Contents(tensors, label=name, names_only=True)
+    try:
+        adapter = parse(contents, family)
+    except UnknownFormatError:
+        return Row(name, "", (), "", len(keys), 0, {}, tuple(keys))
+    known = adapter.family or ""
+    others = tuple(other for other in likely_families(contents) if other != known)
+    lost = [key for module in adapter.unresolved for key in module.keys]
+    lost += [key for key, reason in adapter.ignored.items() if reason == NO_SUFFIX]
+    ignored = {key: reason for key, reason in adapter.ignored.items() if reason != NO_SUFFIX}
+    bound = len(adapter.bound) + len(adapter.embeddings)
+    return Row(name, known, others, adapter.format or "", len(keys), bound, ignored, tuple(lost))
+
+
+def files_of(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        yield from sorted(p for p in path.rglob("*") if p.suffix in ENDINGS) if path.is_dir() else [path]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        print(__doc__, file=sys.stderr)
+        return 2
+    table = Table(box=None, header_style="bold cyan", padding=(0, 2, 0, 0))
+    for label in ("File", "Family", "Also fits", "Spelling"):
+        table.add_column(label)
+    for label in ("Keys", "Bound", "Ignored", "Unknown"):
+        table.add_column(label, justify="right")
+    rows = [surveyed(path.stem, listed(path)) for path in files_of(map(Path, arguments))]
+    for row in rows:
+        counts = (row.keys, row.bound, len(row.ignored), len(row.unknown))
+        table.add_row(row.file, row.family or "?", ", ".join(row.also), row.spelling or "?", *map(str, counts))
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    console.print(table)
+    for row in rows:
+        for key in row.unknown[:3]:
+            console.print(f"{row.file}: unknown, as {key}", soft_wrap=True)
+    unknown = sum(len(row.unknown) for row in rows)
+    console.print(f"\n{len(rows)} files, {sum(row.keys for row in rows)} keys, {unknown} unknown", highlight=False)
+    return int(unknown > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
