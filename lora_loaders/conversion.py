@@ -8,12 +8,12 @@ from typing import Protocol
 from torch import Tensor
 
 from .adapter import Adapter, Unresolved
-from .deltas import Delta, build
+from .deltas import Delta, DoraDelta, build
 from .deltas.unread import UnreadDelta
-from .detection import choose_family, readings_of, vote
+from .detection import choose_family, readings_of, told_depth, vote
 from .errors import UNTOUCHED, ConversionError, MalformedAdapterError, UnknownFormatError
 from .families import FAMILIES, Family
-from .families.rules import Resolved
+from .families.rules import Resolved, flatten
 from .files import Contents, read
 from .formats import RawModule, is_embedding, read_modules
 from .locating import HubOptions
@@ -47,6 +47,7 @@ class _Reading:
     """One file while it is read: what is known beforehand, and what is gathered."""
 
     contents: Contents
+    modules: Sequence[RawModule]
     family: Family | None
     layout: Layout | None
     scalings: Scalings
@@ -95,6 +96,7 @@ def parse(
 ) -> Adapter:
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
     modules, left, spelling = read_modules(list(contents.tensors))
+    modules = _joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
     known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
@@ -105,7 +107,7 @@ def parse(
             state=UNTOUCHED,
         )
     scalings = Scalings.of(contents.metadata, contents.config)
-    reading = _Reading(contents, known, layout, scalings, vote(modules, known))
+    reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     for module in modules:
         _bind(module, reading)
@@ -129,9 +131,25 @@ def parse(
     )
 
 
+def _joined_spellings(modules: Iterable[RawModule]) -> list[RawModule]:
+    """One module where a file spells it in several ways, each key once: `to_k.alpha` beside `to.k.lora_up.weight`."""
+    joined: dict[tuple[str, str], RawModule] = {}
+    whole: list[RawModule] = []
+    for module in modules:
+        first = joined.setdefault((module.component, flatten(module.name)), module)
+        if first is not module and first.keys.keys().isdisjoint(module.keys):
+            first.keys.update(module.keys)
+        else:
+            whole.append(module)
+    return whole
+
+
 def _bind(module: RawModule, reading: _Reading) -> None:
     """Build one module's delta and put it under its diffusers paths."""
     keys = tuple(module.keys.values())
+    for slot, key in module.repeated.items():
+        if not reading.contents.names_only and not _are_equal(module.keys[slot], key, reading.contents):
+            reading.problems.append(f"{module.name}: {module.keys[slot]} and {key} differ")
     tensors = {slot: reading.contents.tensors[key] for slot, key in module.keys.items()}
     if not reading.contents.names_only and not (tensors.keys() - {"alpha"}):
         reading.ignored |= dict.fromkeys(keys, "alpha without a tensor to scale")
@@ -146,7 +164,7 @@ def _bind(module: RawModule, reading: _Reading) -> None:
             return
         if readings and readings[0][1].rule.head and module.adapter:
             delta = _heads_apart(delta, readings[0][1])
-        parts = _place(delta, readings[0][1], component, reading.layout) if readings else {path: delta}
+        parts = _place(delta, readings[0][1], component, reading) if readings else {path: delta}
     except (MalformedAdapterError, ConversionError) as error:
         reading.problems.append(f"{module.name}: {error.what}")
         return
@@ -163,6 +181,8 @@ def _chosen_readings(module: RawModule, reading: _Reading) -> list[tuple[str, Re
         readings = living or readings
     if len(readings) > 1 and reading.speaks_diffusers is not None:
         readings = [r for r in readings if r[1].is_diffusers == reading.speaks_diffusers]
+    if any(resolved.rule.last_only for _, resolved in readings):
+        readings = [(c, r) for c, r in readings if r.rule.last_only == _is_last(r, c, reading)]
     return readings
 
 
@@ -197,6 +217,11 @@ def _why_unresolved(readings: list[tuple[str, Resolved]]) -> str:
     return "no such name in this family"
 
 
+def _are_equal(one: str, other: str, contents: Contents) -> bool:
+    first, second = contents.tensors[one], contents.tensors[other]
+    return first.shape == second.shape and (first.is_meta or first.equal(second))
+
+
 def _alpha(tensor: Tensor | None) -> float | None:
     if tensor is None:
         return None
@@ -210,10 +235,10 @@ def _alpha(tensor: Tensor | None) -> float | None:
     return alpha
 
 
-def _place(delta: Delta, resolved: Resolved, component: str, layout: Layout | None) -> dict[str, Delta]:
+def _place(delta: Delta, resolved: Resolved, component: str, reading: _Reading) -> dict[str, Delta]:
     """The delta's parts under their paths: swapped and split as the rule says, sizes from a live model first."""
-    rule, paths = resolved.rule, resolved.paths
-    if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, layout)):
+    rule, paths, layout = resolved.rule, resolved.paths, reading.layout
+    if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, reading)):
         delta = delta.swap_halves()
     if len(paths) == 1:
         return {paths[0]: delta}
@@ -241,8 +266,12 @@ def _heads_apart(delta: Delta, resolved: Resolved) -> Delta:
     return delta.map_rows(lambda t: t.view(-1, parts, head, *t.shape[1:]).transpose(0, 1).reshape(t.shape))
 
 
-def _is_last(resolved: Resolved, component: str, layout: Layout | None) -> bool:
-    blocks = layout.blocks(component, resolved.paths[0]) if layout else None
+def _is_last(resolved: Resolved, component: str, reading: _Reading) -> bool:
+    """Whether this is the model's last block: the live model's, or that of a published one which the file fills."""
+    path, layout = resolved.paths[0], reading.layout
+    blocks = layout.blocks(component, path) if layout else None
+    if blocks is None and reading.family is not None:
+        blocks = told_depth(reading.modules, reading.family, path)
     return blocks is not None and resolved.block == blocks - 1
 
 
@@ -250,29 +279,38 @@ def _store(parts: Mapping[str, Delta], component: str, keys: tuple[str, ...], ex
     """Put parts where nothing is yet; an exact name beats a part of a fused one, anything else is a conflict."""
     deltas = reading.deltas.setdefault(component, {})
     for path, delta in parts.items():
-        at = (component, path)
+        at, label = (component, path), f"{component}.{path}"
         if at in reading.keys:
-            was_exact = at in reading.exact
-            if exact == was_exact:
-                reading.problems.append(f"{component}.{path}: both {reading.keys[at][0]} and {keys[0]} change it")
+            if exact == (at in reading.exact):
+                reading.problems.append(f"{label}: both {reading.keys[at][0]} and {keys[0]} change it")
                 continue
-            _lose(keys if was_exact else reading.keys[at], f"{component}.{path}", reading)
-            if was_exact:
+            # SimpleTuner writes the unused split modules, zero as they were made, beside the fused one it trained.
+            empty = _says_nothing(delta if exact else deltas[path])
+            reason = f"zero, and {label} is" if empty else f"{label} is also"
+            reason += " changed through a fused module" if empty else " given by its own name, which goes first"
+            wins = exact != empty
+            _lose(reading.keys[at] if wins else keys, label, reason, reading)
+            if not wins:
                 continue
-        if exact:
-            reading.exact.add(at)
+        (reading.exact.add if exact else reading.exact.discard)(at)
         deltas[path] = delta
         reading.keys[at] = keys
 
 
-def _lose(keys: Iterable[str], target: str, reading: _Reading) -> None:
+def _says_nothing(delta: Delta) -> bool:
+    """Whether the change is zero; a magnitude beside it is then the weight's own."""
+    inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    return any(not tensor.is_meta and not tensor.any() for tensor in inner.tensors().values())
+
+
+def _lose(keys: Iterable[str], target: str, reason: str, reading: _Reading) -> None:
     """Take a target away from these keys; a key that is left with none is ignored."""
     for key in keys:
         rest = tuple(other for other in reading.bound.pop(key, ()) if other != target)
         if rest:
             reading.bound[key] = rest
         else:
-            reading.ignored[key] = f"{target} is also given by its own name, which goes first"
+            reading.ignored[key] = reason
 
 
 def with_live_names(adapter: Adapter, layout: Layout) -> Adapter:

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
-from .families.rules import Resolved
+from .families.rules import NUMBER, Resolved
 from .formats import RawModule
 
 logger = logging.getLogger(__name__)
 SAMPLE = 96
-"""Modules that are looked at; families differ in most of their names, so more tell no more."""
+"""Modules that are looked at, and more only where a file has more kinds of names."""
 
 
 def family_named(name: str, families: Sequence[Family] = FAMILIES) -> Family:
@@ -40,7 +41,7 @@ def choose_family(
     if wanted is not None:
         return family_named(wanted, families)
     ranking = rank_families(modules, tensors, families)
-    if not ranking or ranking[0][0][0] == 0:
+    if not ranking or ranking[0][0].names == 0:
         return None
     best = [family for score, family in ranking if score == ranking[0][0]]
     if len(best) > 1:
@@ -48,40 +49,94 @@ def choose_family(
     return best[0]
 
 
-Score = tuple[float, float]
-"""Share of modules whose name a family knows, and share whose width is one that its published models have."""
+class Score(NamedTuple):
+    """How well a family explains a file; compared in this order."""
+
+    names: float
+    """Share of the names that it knows."""
+    widths: float
+    """Share of the telling widths that one of its published models has."""
+    depths: float
+    """Of the lists of blocks: 1 for as many blocks as a published model has, -1 for more than any has."""
+    encoders: float
+    """Share of the text encoders' names that the encoder of their number has."""
 
 
 def rank_families(
     modules: Sequence[RawModule], tensors: Mapping[str, Tensor], families: Sequence[Family] = FAMILIES
 ) -> list[tuple[Score, Family]]:
-    """Families by how well they explain a file, best first; names go before widths.
+    """Families by how well they explain a file, best first; names go before widths, widths before numbers of blocks.
 
     A width that no published model has tells nothing: small models and new sizes have names like the published ones.
     """
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
-    denoising = [m for m in modules if not m.component.startswith(("te", "encoder:"))] or list(modules)
-    sample = denoising[:: max(1, len(denoising) // SAMPLE)]
-    ranking: list[tuple[Score, Family]] = []
-    for family in families:
-        scores = [_score(module, tensors, family) for module in sample]
-        names, widths = (sum(part) / len(sample) for part in zip(*scores, strict=True))
-        ranking.append(((names, widths), family))
+    encoding = [m for m in modules if m.component.startswith(("te", "encoder:"))]
+    denoising = [m for m in modules if not m.component.startswith(("te", "encoder:"))]
+    sample, encoders = _sample(denoising or encoding), _sample(encoding)
+    ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
     return sorted(ranking, key=lambda pair: pair[0], reverse=True)
 
 
-def _score(module: RawModule, tensors: Mapping[str, Tensor], family: Family) -> tuple[bool, bool]:
-    """Whether the family knows the name, and whether it has a published width there that is this one."""
-    readings = readings_of(module, family)
-    if not readings:
-        return False, False
-    component, reading = readings[0]
-    path = reading.paths[0]
+def _sample(modules: Sequence[RawModule]) -> list[RawModule]:
+    """Modules that tell most: of all that differ by numbers alone the last and the first, then some between them."""
+    alike: dict[str, list[tuple[list[int], RawModule]]] = {}
+    for module in modules:
+        alike.setdefault(NUMBER.sub("#", module.name), []).append(([*map(int, NUMBER.findall(module.name))], module))
+    ordered = [[module for _, module in sorted(group, key=lambda pair: pair[0])] for group in alike.values()]
+    ends = [module for group in ordered for module in (group[-1], *group[: len(group) > 1])]
+    between = [module for group in ordered for module in group[1:-1]]
+    room = max(SAMPLE - len(ends), 0)
+    return ends + (between[:: max(1, len(between) // room)] if room else [])
+
+
+def _score(
+    sample: Sequence[RawModule], encoders: Sequence[RawModule], tensors: Mapping[str, Tensor], family: Family
+) -> Score:
+    read = [(module, readings[0]) for module in sample if (readings := readings_of(module, family))]
+    told = [fit for module, reading in read if (fit := _fits(module, reading, tensors, family)) is not None]
+    depths = [_depth(path, number, family) for path, number in _last_blocks(read, family).items()]
+    numbered = [_is_numbered_right(module, family) for module in encoders]
+    return Score(len(read) / len(sample), *(_mean(facts) for facts in (told, depths, numbered)))
+
+
+def _mean(facts: Sequence[float]) -> float:
+    return sum(facts) / len(facts) if facts else 0.0
+
+
+def _fits(
+    module: RawModule, reading: tuple[str, Resolved], tensors: Mapping[str, Tensor], family: Family
+) -> bool | None:
+    """Whether the family has a published width here that is this one; None where the width is not known or not told."""
+    component, resolved = reading
+    path = resolved.paths[0]
     shapes = {slot: tensors[key].shape for slot, key in module.keys.items() if tensors[key].ndim >= 2}
-    out_features = shapes["up"][0] if "up" in shapes and len(reading.paths) == 1 else None
+    out_features = shapes["up"][0] if "up" in shapes and len(resolved.paths) == 1 else None
     in_features = shapes["down"][1] if "down" in shapes else None
-    known = bool(shapes) and family.tells(component, path)
-    return True, known and family.fits(component, path, out_features, in_features)
+    if not shapes or not family.tells(component, path):
+        return None
+    return family.fits(component, path, out_features, in_features)
+
+
+def _last_blocks(read: Iterable[tuple[RawModule, tuple[str, Resolved]]], family: Family) -> dict[str, int]:
+    """The highest block that the file changes in each list of blocks whose length is told."""
+    last: dict[str, int] = {}
+    for _, (component, resolved) in read:
+        found = NUMBER.search(resolved.paths[0])
+        path = resolved.paths[0][: found.start() - 1] if found else ""
+        if found and component == family.denoiser and path in family.depths:
+            last[path] = max(last.get(path, 0), int(found[0]))
+    return last
+
+
+def _depth(path: str, last: int, family: Family) -> int:
+    depths = family.depths[path]
+    return 1 if last + 1 in depths else -1 if last >= max(depths) else 0
+
+
+def _is_numbered_right(module: RawModule, family: Family) -> bool:
+    """Whether the encoder that a prefix means by its number or name has a module of this name."""
+    meant = family.encoder_meant(module.component)
+    return meant is not None and bool(family.components[meant].resolve(module.name))
 
 
 def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:
@@ -113,6 +168,21 @@ def vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
         readings = readings_of(module, family)
         if len(readings) == 2:
             ambiguous = True
-        elif readings:
+        elif readings and not _is_common(*readings[0], family):
             ballots.add(readings[0][1].is_diffusers)
     return ballots.pop() if ambiguous and len(ballots) == 1 else None
+
+
+def _is_common(component: str, reading: Resolved, family: Family) -> bool:
+    """Whether this name is the same on both sides, and so speaks for neither."""
+    path = reading.paths[0]
+    return reading.is_diffusers and family.components[component].writing("original").source(path)[0] == path
+
+
+def told_depth(modules: Iterable[RawModule], family: Family, path: str) -> int | None:
+    """Length of the list of blocks that a path runs through, if the file fills the list of a published model."""
+    read = ((module, reading) for module in modules for reading in readings_of(module, family)[:1])
+    found = NUMBER.search(path)
+    blocks = path[: found.start() - 1] if found else ""
+    last = _last_blocks(read, family).get(blocks)
+    return last + 1 if last is not None and last + 1 in family.depths[blocks] else None

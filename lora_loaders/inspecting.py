@@ -127,7 +127,7 @@ def likely_families(contents: Contents) -> list[str]:
     """The families that fit a file's names and shapes best, several if they fit equally well."""
     modules, _, _ = read_modules(list(contents.tensors))
     ranking = rank_families(modules, contents.tensors) if modules else []
-    return [family.name for score, family in ranking if score[0] and score == ranking[0][0]]
+    return [family.name for score, family in ranking if score.names and score == ranking[0][0]]
 
 
 def _groups(adapter: Adapter) -> Iterable[Group]:

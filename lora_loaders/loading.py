@@ -195,13 +195,13 @@ def _check_family(models: Mapping[str, nn.Module], contents: Contents, family: F
     """Raise where none of the denoiser's names in the file is one of this family, and all are of another."""
     modules, _, spelling = read_modules(list(contents.tensors))
     denoising = [m for m in modules if not m.component.startswith(("te", "encoder:")) and m.name[0] != "#"]
-    if not denoising or rank_families(denoising, contents.tensors, [family])[0][0][0] > 0:
+    if not denoising or rank_families(denoising, contents.tensors, [family])[0][0].names > 0:
         return
     layout = layout_of(models, family)
     if any(layout.find(family.denoiser, module.name) for module in denoising):
         return
-    (share, _), likely = rank_families(denoising, contents.tensors)[0]
-    if share > 0.5:
+    score, likely = rank_families(denoising, contents.tensors)[0]
+    if score.names > 0.5:
         classes = ", ".join(type(model).__name__ for model in models.values())
         raise AdapterMismatchError(
             f"adapter {name!r} ({spelling}; {contents.label}) is for {likely.name}: nothing in it fits {classes}",
@@ -237,7 +237,7 @@ def _guess(contents: Contents | Adapter, family: Family | None) -> str:
     else:
         modules, _, _ = read_modules(list(contents.tensors))
         ranking = rank_families(modules, contents.tensors) if modules else []
-        likely = ranking[0][1].name if ranking and ranking[0][0][0] > 0.5 else None
+        likely = ranking[0][1].name if ranking and ranking[0][0].names > 0.5 else None
     if likely is None or (family is not None and likely == family.name):
         return "`lora-loaders inspect` shows what the file holds."
     return f"It looks like a file for {likely}" + (f", this is {family.name}." if family else ".")

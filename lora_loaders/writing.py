@@ -196,17 +196,20 @@ def _joined(
     for source, (resolved, parts) in groups.items():
         try:
             delta = _join(resolved, parts)
-            swapped = resolved.rule.swap == "all" or (resolved.rule.swap == "last" and _ends(resolved, deltas))
+            swap = resolved.rule.swap
+            swapped = swap == "all" or (swap == "last" and _ends(resolved, deltas, writing.family))
             named.append((source, delta.swap_halves() if swapped else delta))
         except ConversionError as error:
             writing.problems.append(f"{component}.{source}: {error.what}")
     return named
 
 
-def _ends(resolved: Resolved, deltas: Mapping[str, Delta]) -> bool:
-    """Whether this is the last block among those the adapter changes."""
-    blocks = [int(part) for path in deltas for part in path.split(".")[1:2] if part.isdigit()]
-    return resolved.block == max(blocks, default=None)
+def _ends(resolved: Resolved, deltas: Mapping[str, Delta], family: Family | None) -> bool:
+    """Whether this is the last block of a published model, which the adapter fills; reading asks the same."""
+    blocks = resolved.paths[0].partition(".")[0]
+    depths = family.depths.get(blocks, ()) if family else ()
+    last = max(int(path.split(".")[1]) for path in deltas if path.startswith(f"{blocks}."))
+    return resolved.block == last and last + 1 in depths
 
 
 def _join(resolved: Resolved, parts: Mapping[str, Delta]) -> Delta:

@@ -68,7 +68,7 @@ def format_rows() -> Iterator[Sequence[str]]:
 def spoken_names(family: Family) -> str:
     """Whose module names are known for the denoiser beside diffusers' own."""
     names = family.components[family.denoiser]
-    known = {rule.dialect for rule in names.rules if rule.dialect is not None}
+    known = {rule.dialect for rule in names.rules if rule.dialect is not None and rule.written}
     return ", ".join(dialect for dialect in ("original", "xlabs", "omi") if dialect in known) or "the same"
 
 

@@ -347,14 +347,22 @@ def test_two_sources_for_one_module_are_refused() -> None:
 
 
 def test_one_key_in_two_spellings_of_a_suffix_is_reported() -> None:
-    """`lora_A.weight` and `lora_down.weight` of one module: one is used, the other named."""
+    """`lora_A.weight` and `lora_down.weight` of one module, equal: one is used, the other named."""
+    own = pair()
     other = {
-        "lora_unet_img_in.lora_A.weight": torch.zeros(RANK, H),
-        "lora_unet_img_in.lora_B.weight": torch.zeros(H, 4),
+        "lora_unet_img_in.lora_A.weight": own["lora_unet_img_in.lora_down.weight"].clone(),
+        "lora_unet_img_in.lora_B.weight": own["lora_unet_img_in.lora_up.weight"].clone(),
     }
-    adapter = parse(Contents({**pair(), **other}), "flux1")
+    adapter = parse(Contents({**own, **other}), "flux1")
     assert set(adapter.ignored) == set(other)
     assert adapter.deltas["transformer"]["x_embedder"].delta_weight().any()
+
+
+def test_one_key_in_two_spellings_with_other_numbers_is_an_error() -> None:
+    own = pair()
+    other = {"lora_unet_img_in.lora_A.weight": own["lora_unet_img_in.lora_down.weight"] + 1}
+    with pytest.raises(MalformedAdapterError, match="differ"):
+        parse(Contents({**own, **other}), "flux1")
 
 
 @pytest.mark.parametrize("fused_first", [True, False])

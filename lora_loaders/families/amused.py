@@ -25,6 +25,7 @@ AMUSED = Family(
     name="amused",
     components={"transformer": AMUSED_TRANSFORMER, "text_encoder": CLIP},
     model_classes=("UVit2DModel",),
+    depths={"transformer_layers": (22,)},
     shapes=(
         Shape("transformer", "transformer_layers.{i}.attn1.to_q", (1024, 1024)),
         Shape("transformer", "transformer_layers.{i}.ff.net.0.proj", (5632, 1024)),

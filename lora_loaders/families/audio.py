@@ -1,16 +1,26 @@
-"""Music and sound models for which diffusers has a denoiser but no LoRA loader; names are equal on both sides."""
+"""Music and sound models for which diffusers has a denoiser but no LoRA loader."""
 
 from .family import Family, Shape
 from .rules import Names
 from .text_encoders import LANGUAGE_MODEL, T5
 
+# As in the published checkpoint, which fuses what diffusers splits.
 STABLE_AUDIO_TRANSFORMER = Names(
+    """
+to_timestep_embed.0 -> timestep_proj.0 ; to_timestep_embed.2 -> timestep_proj.2
+to_global_embed.0 -> global_proj.0 ; to_global_embed.2 -> global_proj.2
+to_cond_embed.0 -> cross_attention_proj.0 ; to_cond_embed.2 -> cross_attention_proj.2
+transformer.project_in -> proj_in ; transformer.project_out -> proj_out
+[transformer.layers.{i} -> transformer_blocks.{i}]
+  self_attn.to_qkv -> attn1.to_q | attn1.to_k | attn1.to_v ; self_attn.to_out -> attn1.to_out.0
+  cross_attn.to_q -> attn2.to_q ; cross_attn.to_kv -> attn2.to_k | attn2.to_v ; cross_attn.to_out -> attn2.to_out.0
+  pre_norm -> norm1 ; cross_attend_norm -> norm2 ; ff_norm -> norm3
+  ff.ff.0.proj -> ff.net.0.proj ; ff.ff.2 -> ff.net.2
+[transformer_blocks.{i}.attn2]
+  to_qkv -> to_q:2 | to_k | to_v (r) ; qkv -> to_q:2 | to_k | to_v (r)
+""",
     same="""
-time_proj ; timestep_proj.0 ; timestep_proj.2 ; global_proj.0 ; global_proj.2 ; cross_attention_proj.0
-cross_attention_proj.2 ; preprocess_conv ; proj_in ; proj_out ; postprocess_conv
-[transformer_blocks.{i}]
-  norm1 ; attn1.to_q ; attn1.to_k ; attn1.to_v ; attn1.to_out.0 ; norm2 ; attn2.to_q ; attn2.to_k ; attn2.to_v
-  attn2.to_out.0 ; norm3 ; ff.net.0.proj ; ff.net.2
+time_proj ; preprocess_conv ; postprocess_conv
 """,
 )
 
@@ -18,6 +28,7 @@ STABLE_AUDIO = Family(
     name="stable-audio",
     components={"transformer": STABLE_AUDIO_TRANSFORMER, "text_encoder": T5},
     model_classes=("StableAudioDiTModel",),
+    depths={"transformer_blocks": (24,)},
     shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1536, 1536)),),
 )
 
@@ -63,6 +74,7 @@ LONGCAT_AUDIO = Family(
     name="longcat-audio",
     components={"transformer": LONGCAT_AUDIO_TRANSFORMER, "text_encoder": T5},
     model_classes=("LongCatAudioDiTTransformer",),
+    depths={"blocks": (24,)},
 )
 
 MINIMAX_MUSIC3_TRANSFORMER = Names(
@@ -77,4 +89,6 @@ MINIMAX_MUSIC3 = Family(
     name="minimax-music3",
     components={"transformer": MINIMAX_MUSIC3_TRANSFORMER},
     model_classes=("MiniMaxMusic3Transformer1DModel",),
+    depths={"transformer_blocks": (36,)},
+    shapes=(Shape("transformer", "transformer_blocks.{i}.attn.to_q", (2048, 2048)),),
 )

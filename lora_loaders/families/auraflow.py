@@ -28,6 +28,7 @@ AURAFLOW = Family(
     name="auraflow",
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("AuraFlowTransformer2DModel",),
+    depths={"joint_transformer_blocks": (4,), "single_transformer_blocks": (32,)},
     shapes=(
         Shape("transformer", "context_embedder", (3072, 2048)),
         Shape("transformer", "joint_transformer_blocks.{i}.attn.to_q", (3072, 3072)),

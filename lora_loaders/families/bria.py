@@ -30,6 +30,7 @@ BRIA_FIBO2 = Family(
     name="bria-fibo2",
     components={"transformer": BRIA_FIBO2_TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("BriaFibo2Transformer2DModel",),
+    depths={"layers": (44,)},
 )
 
 BRIA_FIBO_TRANSFORMER = Names(
@@ -51,6 +52,7 @@ BRIA_FIBO = Family(
     name="bria-fibo",
     components={"transformer": BRIA_FIBO_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("BriaFiboTransformer2DModel",),
+    depths={"transformer_blocks": (8,), "single_transformer_blocks": (38,)},
     shapes=(
         Shape("transformer", "context_embedder", (3072, 4096)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
@@ -74,6 +76,7 @@ BRIA = Family(
     name="bria",
     components={"transformer": BRIA_TRANSFORMER, "text_encoder": T5},
     model_classes=("BriaTransformer2DModel",),
+    depths={"transformer_blocks": (8,), "single_transformer_blocks": (28,)},
     shapes=(
         Shape("transformer", "context_embedder", (3072, 4096)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),

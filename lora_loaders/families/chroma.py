@@ -30,6 +30,7 @@ CHROMA = Family(
     name="chroma",
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("ChromaTransformer2DModel",),
+    depths={"transformer_blocks": (19,), "single_transformer_blocks": (38,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (12288, 3072)),

@@ -42,6 +42,7 @@ COGVIDEOX = Family(
         "CogVideoXTransformer3DModel",
         "ConsisIDTransformer3DModel",
     ),
+    depths={"transformer_blocks": (30, 42)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1920, 1920)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (3072, 3072)),
@@ -65,6 +66,7 @@ COGVIEW4 = Family(
     name="cogview4",
     components={"transformer": COGVIEW4_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("CogView4Transformer2DModel",),
+    depths={"transformer_blocks": (28, 30)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2560, 2560)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (10240, 2560)),
@@ -86,6 +88,7 @@ COGVIEW3 = Family(
     name="cogview3",
     components={"transformer": COGVIEW3_TRANSFORMER, "text_encoder": T5},
     model_classes=("CogView3PlusTransformer2DModel",),
+    depths={"transformer_blocks": (30,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2560, 2560)),
         Shape("transformer", "transformer_blocks.{i}.norm1.linear", (30720, 512)),

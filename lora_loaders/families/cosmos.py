@@ -76,6 +76,7 @@ ANIMA = Family(
     name="anima",
     components={"transformer": ANIMA_TRANSFORMER, "text_conditioner": TEXT_CONDITIONER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("CosmosTransformer3DModel",),
+    depths={"transformer_blocks": (28,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048)),
         Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (2048, 1024)),
@@ -89,6 +90,7 @@ COSMOS = Family(
     name="cosmos",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN2_5_VL},
     model_classes=("CosmosTransformer3DModel",),
+    depths={"transformer_blocks": (28, 36)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),

@@ -18,4 +18,5 @@ ERNIE_IMAGE = Family(
     name="ernie-image",
     components={"transformer": ERNIE_IMAGE_TRANSFORMER, "text_encoder": MISTRAL3},
     model_classes=("ErnieImageTransformer2DModel",),
+    depths={"layers": (24,)},
 )

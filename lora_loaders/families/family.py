@@ -30,6 +30,7 @@ class Family:
         components: names of each component; the denoiser comes first.
         model_classes: diffusers classes of the denoiser.
         shapes: weights that tell published models of this family from others.
+        depths: list of blocks, as a diffusers path -> how many blocks it has in published models.
         widens: module paths whose input a file may widen (Control files).
         config_facts: configuration values of the denoiser that tell this family from others of the same class.
         encoders: text encoder -> ComfyUI's name of it.
@@ -43,6 +44,7 @@ class Family:
     components: Mapping[str, Names]
     model_classes: tuple[str, ...]
     shapes: tuple[Shape, ...] = ()
+    depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     widens: tuple[str, ...] = ()
     config_facts: Mapping[str, object] = field(default_factory=dict[str, object])
     encoders: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -66,23 +68,28 @@ class Family:
             return ""
         return str(self.encoder_numbers.get(component, self.text_encoders.index(component) + 1))
 
+    def encoder_meant(self, hint: str) -> str | None:
+        """The text encoder that `te2` or `encoder:clip_l` means in this family's own files; None where none is."""
+        encoders = self.text_encoders
+        if hint.startswith("encoder:"):
+            return next((c for c, name in self.encoders.items() if f"encoder:{name}" == hint), None)
+        numbers = {self.encoder_number(c) or "1": c for c in encoders}
+        return numbers.get(hint[2:], next((c for i, c in enumerate(encoders) if f"te{i + 1}" == hint), None))
+
     def named_component(self, hint: str) -> tuple[str, ...]:
         """The components that a prefix may mean, likeliest first: `denoiser`, `te2`, `encoder:clip_l`, or a name."""
         encoders = self.text_encoders
         if hint in self.components:
             return (hint,)
-        if hint == "denoiser":
+        if hint in ("denoiser", "decoder"):  # what ACE-Step calls its denoiser; Cascade has a decoder beside it
             return (self.denoiser,)
         if hint == "":
             return tuple(self.components)
-        if hint.startswith("encoder:"):
-            likely = [c for c, name in self.encoders.items() if f"encoder:{name}" == hint]
-        else:
-            likely = [c for c in encoders if self.encoder_number(c) == hint[2:] or f"te{encoders.index(c) + 1}" == hint]
         if not hint.startswith(("te", "encoder:")):
             return ()
         # Trainers disagree on the numbers (te2 is CLIP-G or T5), so every other encoder may still fit by its names.
-        return tuple(dict.fromkeys([*likely, *encoders]))
+        likely = self.encoder_meant(hint)
+        return tuple(dict.fromkeys([*([likely] if likely else ()), *encoders]))
 
     def expected_shape(self, component: str, path: str) -> tuple[int | None, int | None] | None:
         """The published models' `[out, in]` at this path, if it is among the telling ones and there is but one."""

@@ -1,4 +1,4 @@
-"""Flux.1: dev, schnell, Kontext, Fill and the Control files, plus XLabs and OMI spellings."""
+"""Flux.1: dev, schnell, Kontext, Fill and the Control files, plus XLabs' spelling."""
 
 from .family import Family, Shape
 from .rules import Names
@@ -27,6 +27,10 @@ final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.line
   linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4
   linear2 -> proj_out ; modulation.lin -> norm.linear
   norm.query_norm -> attn.norm_q ; norm.key_norm -> attn.norm_k
+  # ComfyUI's name for XLabs' part of it, and OneTrainer's for the whole.
+  linear1_qkv -> attn.to_q | attn.to_k | attn.to_v (r)
+[single_transformer_blocks.{i}]
+  qkv_mlp -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 (r)
 """,
     # 1 is the image stream, 2 the text stream; a single block's qkv has no mlp part here.
     xlabs="""
@@ -36,13 +40,6 @@ final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.line
   processor.proj_lora1 -> attn.to_out.0 ; processor.proj_lora2 -> attn.to_add_out
 [single_blocks.{i} -> single_transformer_blocks.{i}]
   processor.qkv_lora -> attn.to_q | attn.to_k | attn.to_v ; processor.proj_lora -> proj_out
-""",
-    omi="""
-[double_blocks.{i} -> transformer_blocks.{i}]
-  img_attn.qkv.0 -> attn.to_q ; img_attn.qkv.1 -> attn.to_k ; img_attn.qkv.2 -> attn.to_v
-  txt_attn.qkv.0 -> attn.add_q_proj ; txt_attn.qkv.1 -> attn.add_k_proj ; txt_attn.qkv.2 -> attn.add_v_proj
-[single_blocks.{i} -> single_transformer_blocks.{i}]
-  linear1.0 -> attn.to_q ; linear1.1 -> attn.to_k ; linear1.2 -> attn.to_v ; linear1.3 -> proj_mlp
 """,
     absent=("time_text_embed.guidance_embedder.linear_{i}",),
 )
@@ -57,6 +54,7 @@ FLUX1 = Family(
     name="flux1",
     components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5},
     model_classes=("FluxTransformer2DModel",),
+    depths={"transformer_blocks": (19,), "single_transformer_blocks": (38,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (12288, 3072)),

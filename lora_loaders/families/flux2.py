@@ -35,6 +35,7 @@ FLUX2 = Family(
     name="flux2",
     components={"transformer": TRANSFORMER, "text_encoder": MISTRAL3},
     model_classes=("Flux2Transformer2DModel",),
+    depths={"transformer_blocks": (5, 8), "single_transformer_blocks": (20, 24, 48)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (6144, 6144)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),

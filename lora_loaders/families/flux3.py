@@ -26,6 +26,7 @@ FLUX3 = Family(
     name="flux3",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("Flux3Transformer2DModel",),
+    depths={"single_transformer_blocks": (28,)},
     shapes=(
         Shape("transformer", "context_embedder", (3072, 20480)),
         Shape("transformer", "mode_blocks.image.{i}.attn.to_q", (3072, 3072)),

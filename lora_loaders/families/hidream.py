@@ -35,6 +35,7 @@ HIDREAM = Family(
         "text_encoder_4": LANGUAGE_MODEL,
     },
     model_classes=("HiDreamImageTransformer2DModel",),
+    depths={"double_stream_blocks": (16,), "single_stream_blocks": (32,)},
     shapes=(
         Shape("transformer", "double_stream_blocks.{i}.block.attn1.to_q", (2560, 2560)),
         Shape("transformer", "single_stream_blocks.{i}.block.attn1.to_q", (2560, 2560)),

@@ -114,6 +114,7 @@ HUNYUAN_VIDEO = Family(
         "HunyuanVideoTransformer3DModel",
         "HunyuanVideoFramepackTransformer3DModel",
     ),
+    depths={"transformer_blocks": (20,), "single_transformer_blocks": (40,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
@@ -127,6 +128,7 @@ HUNYUAN_VIDEO15 = Family(
     name="hunyuan-video-1.5",
     components={"transformer": TRANSFORMER15, "text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
     model_classes=("HunyuanVideo15Transformer3DModel",),
+    depths={"transformer_blocks": (54,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (2048, 2048)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (2048, 2048)),
@@ -141,6 +143,7 @@ HUNYUAN_IMAGE = Family(
     name="hunyuan-image",
     components={"transformer": IMAGE_TRANSFORMER, "text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
     model_classes=("HunyuanImageTransformer2DModel",),
+    depths={"transformer_blocks": (20,), "single_transformer_blocks": (40,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3584, 3584)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3584, 3584)),

@@ -22,6 +22,7 @@ IDEOGRAM4 = Family(
     name="ideogram4",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("Ideogram4Transformer2DModel",),
+    depths={"layers": (34,)},
     shapes=(
         Shape("transformer", "layers.{i}.attention.to_q", (4608, 4608)),
         Shape("transformer", "layers.{i}.attention.to_out.0", (4608, 4608)),

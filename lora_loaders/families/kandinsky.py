@@ -25,6 +25,7 @@ KANDINSKY5 = Family(
     name="kandinsky5",
     components={"transformer": KANDINSKY5_TRANSFORMER, "text_encoder": QWEN2_5_VL, "text_encoder_2": CLIP},
     model_classes=("Kandinsky5Transformer3DModel",),
+    depths={"visual_transformer_blocks": (32, 60)},
     shapes=(
         Shape("transformer", "text_embeddings.in_layer", (None, 3584)),
         Shape("transformer", "pooled_text_embeddings.in_layer", (None, 768)),
@@ -71,5 +72,6 @@ KANDINSKY6 = Family(
     name="kandinsky6",
     components={"transformer": KANDINSKY6_TRANSFORMER, "text_encoder": QWEN2_5_VL, "text_encoder_2": CLIP},
     model_classes=("Kandinsky6Transformer3DModel",),
+    depths={"visual_transformer_blocks": (60,)},
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "clip_l"},
 )

@@ -19,6 +19,9 @@ blocks.{i}.mod.lin -> transformer_blocks.{i}.scale_shift_table (p)
   attn.gate -> attn.to_gate
   mlp.gate -> ff.gate ; mlp.up -> ff.up ; mlp.down -> ff.down ; prenorm -> norm1 ; postnorm -> norm2
   attn.qknorm.qnorm -> attn.norm_q ; attn.qknorm.knorm -> attn.norm_k
+# SimpleTuner fuses; there are four times as many query heads as keys.
+[transformer_blocks.{i}.attn]
+  to_qkv -> to_q:4 | to_k | to_v (r) ; qkv -> to_q:4 | to_k | to_v (r)
 """,
 )
 
@@ -26,6 +29,7 @@ KREA2 = Family(
     name="krea2",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("Krea2Transformer2DModel",),
+    depths={"transformer_blocks": (28,)},
     shapes=(
         Shape("transformer", "img_in", (6144, 64)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (6144, 6144)),

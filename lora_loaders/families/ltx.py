@@ -106,9 +106,12 @@ LTX = Family(
     name="ltx",
     components={"transformer": LTX_TRANSFORMER, "text_encoder": T5},
     model_classes=("LTXVideoTransformer3DModel",),
+    depths={"transformer_blocks": (28, 48)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (2048, 2048)),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (4096, 4096)),
         Shape("transformer", "proj_in", (None, 128)),
         Shape("transformer", "proj_out", (128, None)),
         Shape("transformer", "caption_projection.linear_1", (None, 4096)),
@@ -123,6 +126,7 @@ LTX2 = Family(
         "LTX2VideoTransformer3DModel",
         "SanaWMLTX2RefinerTransformer3DModel",
     ),
+    depths={"transformer_blocks": (48,)},
     shapes=(
         Shape("transformer", "proj_in", (4096, 128)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),

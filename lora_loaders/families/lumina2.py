@@ -31,6 +31,7 @@ LUMINA2 = Family(
     name="lumina2",
     components={"transformer": TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("Lumina2Transformer2DModel",),
+    depths={"layers": (26,)},
     shapes=(
         Shape("transformer", "layers.{i}.attn.to_out.0", (2304, 2304)),
         Shape("transformer", "layers.{i}.attn.to_q", (2304, 2304)),

@@ -29,6 +29,7 @@ MINIMAX_H3 = Family(
     name="minimax-h3",
     components={"transformer": TRANSFORMER, "transformer_ref": TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("MiniMaxH3Transformer3DModel",),
+    depths={"transformer_blocks": (50,)},
     shapes=(
         Shape("transformer", "proj_in", (5376, 96)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (7168, 5376)),

@@ -13,7 +13,7 @@ t5_y_embedder.to_out -> time_embed.pooler.to_out
 final_layer.mod -> norm_out.linear ~ ; final_layer.linear -> proj_out
 [blocks.{i} -> transformer_blocks.{i}]
   # The last block has no context output: its `mod_y` is `norm1_context.linear_1`, and it lacks `proj_y` and `mlp_y`.
-  mod_x -> norm1.linear ; mod_y -> norm1_context.linear ; mod_y -> norm1_context.linear_1
+  mod_x -> norm1.linear ; mod_y -> norm1_context.linear ; mod_y -> norm1_context.linear_1 (last)
   attn.qkv_x -> attn1.to_q | attn1.to_k | attn1.to_v ; attn.proj_x -> attn1.to_out.0
   attn.qkv_y -> attn1.add_q_proj | attn1.add_k_proj | attn1.add_v_proj ; attn.proj_y -> attn1.to_add_out
   attn.q_norm_x -> attn1.norm_q ; attn.k_norm_x -> attn1.norm_k
@@ -30,6 +30,7 @@ MOCHI = Family(
     name="mochi",
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("MochiTransformer3DModel",),
+    depths={"transformer_blocks": (48,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (3072, 3072)),

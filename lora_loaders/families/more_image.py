@@ -17,6 +17,7 @@ PRX = Family(
     name="prx",
     components={"transformer": PRX_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("PRXTransformer2DModel",),
+    depths={"blocks": (16,)},
 )
 
 LONGCAT_IMAGE_TRANSFORMER = Names(
@@ -36,6 +37,7 @@ LONGCAT_IMAGE = Family(
     name="longcat-image",
     components={"transformer": LONGCAT_IMAGE_TRANSFORMER, "text_encoder": QWEN2_5_VL},
     model_classes=("LongCatImageTransformer2DModel",),
+    depths={"transformer_blocks": (10,), "single_transformer_blocks": (20,)},
     shapes=(Shape("transformer", "context_embedder", (3072, 3584)),),
 )
 
@@ -56,6 +58,7 @@ OVIS_IMAGE = Family(
     name="ovis-image",
     components={"transformer": OVIS_IMAGE_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("OvisImageTransformer2DModel",),
+    depths={"transformer_blocks": (6,), "single_transformer_blocks": (27,)},
     shapes=(Shape("transformer", "context_embedder", (3072, 2048)),),
 )
 
@@ -74,6 +77,8 @@ GLM_IMAGE = Family(
     name="glm-image",
     components={"transformer": GLM_IMAGE_TRANSFORMER, "text_encoder": T5},
     model_classes=("GlmImageTransformer2DModel",),
+    depths={"transformer_blocks": (30,)},
+    shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2560, 2560)),),
 )
 
 JOY_IMAGE_TRANSFORMER = Names(
@@ -113,9 +118,16 @@ NUCLEUS_IMAGE = Family(
     name="nucleus-image",
     components={"transformer": NUCLEUS_IMAGE_TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("NucleusMoEImageTransformer2DModel",),
+    depths={"transformer_blocks": (24,)},
+    shapes=(Shape("transformer", "transformer_blocks.{i}.attn.to_q", (2048, 2048)),),
 )
 
+# Four query heads share a key: the default shares of diffusers' fused projections would be wrong.
 LUMINA_TRANSFORMER = Names(
+    """
+[layers.{i}.attn1 ; layers.{i}.attn2]
+  to_qkv -> to_q:4 | to_k | to_v (r) ; qkv -> to_q:4 | to_k | to_v (r)
+""",
     same="""
 pad_token (p) ; patch_embedder.proj ; time_caption_embed.timestep_embedder.linear_1
 time_caption_embed.timestep_embedder.linear_2 ; time_caption_embed.caption_embedder.0
@@ -131,6 +143,7 @@ LUMINA = Family(
     name="lumina",
     components={"transformer": LUMINA_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("LuminaNextDiT2DModel",),
+    depths={"layers": (24,)},
     shapes=(Shape("transformer", "layers.{i}.attn1.to_q", (2304, 2304)),),
 )
 
@@ -148,6 +161,7 @@ OMNIGEN = Family(
     name="omnigen",
     components={"transformer": OMNIGEN_TRANSFORMER},
     model_classes=("OmniGenTransformer2DModel",),
+    depths={"layers": (32,)},
     shapes=(Shape("transformer", "layers.{i}.self_attn.to_q", (3072, 3072)),),
 )
 
@@ -165,4 +179,6 @@ DIT = Family(
     name="dit",
     components={"transformer": DIT_TRANSFORMER},
     model_classes=("DiTTransformer2DModel",),
+    depths={"transformer_blocks": (28,)},
+    shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1152, 1152)),),
 )

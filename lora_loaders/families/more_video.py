@@ -19,6 +19,7 @@ ALLEGRO = Family(
     name="allegro",
     components={"transformer": ALLEGRO_TRANSFORMER, "text_encoder": T5},
     model_classes=("AllegroTransformer3DModel",),
+    depths={"transformer_blocks": (32,)},
     shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2304, 2304)),),
 )
 
@@ -39,6 +40,7 @@ LATTE = Family(
     name="latte",
     components={"transformer": LATTE_TRANSFORMER, "text_encoder": T5},
     model_classes=("LatteTransformer3DModel",),
+    depths={"transformer_blocks": (28,), "temporal_transformer_blocks": (28,)},
     shapes=(Shape("transformer", "temporal_transformer_blocks.{i}.attn1.to_q", (1152, 1152)),),
 )
 
@@ -57,6 +59,7 @@ EASYANIMATE = Family(
     name="easyanimate",
     components={"transformer": EASYANIMATE_TRANSFORMER, "text_encoder": QWEN2_5_VL},
     model_classes=("EasyAnimateTransformer3DModel",),
+    depths={"transformer_blocks": (48,)},
     shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (3072, 3072)),),
 )
 
@@ -77,9 +80,15 @@ MOTIF_VIDEO = Family(
     name="motif-video",
     components={"transformer": MOTIF_VIDEO_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("MotifVideoTransformer3DModel",),
+    shapes=(Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),),
 )
 
 COSMOS3_TRANSFORMER = Names(
+    """
+[layers.{i}.self_attn]
+  to_qkv -> to_q:4 | to_k | to_v (r) ; qkv -> to_q:4 | to_k | to_v (r)
+  to_added_qkv -> add_q_proj:4 | add_k_proj | add_v_proj (r) ; added_qkv -> add_q_proj:4 | add_k_proj | add_v_proj (r)
+""",
     same="""
 embed_tokens ; norm ; norm_moe_gen ; lm_head ; proj_in ; proj_out ; time_embedder.linear_1 ; time_embedder.linear_2
 [layers.{i}]
@@ -95,6 +104,7 @@ COSMOS3 = Family(
     name="cosmos3",
     components={"transformer": COSMOS3_TRANSFORMER},
     model_classes=("Cosmos3OmniTransformer",),
+    depths={"layers": (36,)},
 )
 
 SANA_WM_TRANSFORMER = Names(

@@ -32,6 +32,7 @@ PIXART = Family(
     name="pixart",
     components={"transformer": TRANSFORMER, "text_encoder": T5},
     model_classes=("PixArtTransformer2DModel",),
+    depths={"transformer_blocks": (28,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (1152, 1152)),
         Shape("transformer", "caption_projection.linear_1", (1152, 4096)),

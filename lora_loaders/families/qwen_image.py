@@ -23,6 +23,7 @@ QWEN_IMAGE = Family(
     name="qwen-image",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN2_5_VL},
     model_classes=("QwenImageTransformer2DModel",),
+    depths={"transformer_blocks": (60,)},
     encoders={"text_encoder": "qwen25_7b"},
     shapes=(
         Shape("transformer", "img_in", (3072, 64)),

@@ -22,6 +22,7 @@ QWEN_IMAGE21 = Family(
     name="qwen-image-2.1",
     components={"transformer": TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("QwenImage21Transformer2DModel",),
+    depths={"transformer_blocks": (32,)},
     shapes=(
         Shape("transformer", "img_in", (4096, 64)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (4096, 4096)),

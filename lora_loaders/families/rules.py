@@ -7,6 +7,7 @@
     context.adaLN -> norm1_context.linear ~last            … in the last block only
     modulation -> scale_shift_table (p)                    a raw parameter, not a module
     img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)  read, never written: another row says what to write
+    mod_y -> norm1_context.linear_1 (last)                 in the last block only; another row is for the others
     qkv_proj -> to_q | to_k | to_v /128                    some files interleave the parts by heads of this width
     adaln_single.** -> time_embed.**                       the rest of the path stays
     llm_adapter.** -> @text_conditioner.**                 another component
@@ -18,14 +19,21 @@ numbers become holes, so dotted, half-flattened and flattened spellings of one n
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
 HOLE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"\d+")
-Dialect = Literal["original", "xlabs", "omi"]
+Dialect = Literal["original", "xlabs", "omi", "fused"]
+
+# Names that diffusers gives to projections it has fused, and OneTrainer and SimpleTuner write into files.
+FUSED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("to_q", "to_k", "to_v"), ("to_qkv", "qkv")),
+    (("add_q_proj", "add_k_proj", "add_v_proj"), ("to_added_qkv", "added_qkv")),
+    (("to_k", "to_v"), ("to_kv",)),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Rule:
     dialect: Dialect | None = "original"
     written: bool = True
     head: int | None = None
+    last_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ def _prefix(text: str) -> tuple[str, str]:
 def _parse_row(row: str, before: str, after: str, dialect: Dialect | None) -> Iterator[Rule]:
     text, parameter = _flag(row, "(p)")
     text, readonly = _flag(text, "(r)")
+    text, last_only = _flag(text, "(last)")
     text, last = _flag(text, "~last")
     text, swapped = _flag(text, "~")
     text, _, head = text.partition(" /")
@@ -121,7 +131,32 @@ def _parse_row(row: str, before: str, after: str, dialect: Dialect | None) -> It
             dialect=None if same else dialect,
             written=index == 0 and not readonly,
             head=int(head) if head else None,
+            last_only=last_only,
         )
+
+
+def _numbered(rule: Rule) -> Iterator[Rule]:
+    """OMI's names for the parts of a fused module: `img_attn.qkv.0` is its first part."""
+    if len(rule.targets) > 1 and rule.dialect == "original":
+        for number, target in enumerate(rule.targets):
+            source = f"{rule.source}.{number}"
+            yield replace(rule, source=source, targets=(target,), shares=(1,), dialect="omi", head=None)
+
+
+def _fused(rules: Sequence[Rule]) -> Iterator[Rule]:
+    """Read-only names for diffusers' own fusions of modules that stand beside each other."""
+    taken = {rule.source for rule in rules}
+    shares = {rule.targets: rule.shares for rule in rules}
+    paths = dict.fromkeys(target for rule in rules if rule.component is None for target in rule.targets)
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        for parts, names in FUSED:
+            targets = tuple(f"{parent}.{part}" for part in parts)
+            if parent and leaf == parts[0] and all(target in paths for target in targets):
+                for source in (f"{parent}.{name}" for name in names):
+                    if source not in taken:
+                        equal = (1,) * len(parts)
+                        yield Rule(source, targets, shares.get(targets, equal), dialect="fused", written=False)
 
 
 def _flag(text: str, flag: str) -> tuple[str, bool]:
@@ -135,7 +170,7 @@ class Names:
         original: rows of the checkpoint that the model was published with.
         same: rows without an arrow: diffusers' names that no other row mentions.
         xlabs: rows of the XLabs trainers' names.
-        omi: rows of the OMI (OneTrainer) names.
+        omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's rows.
         extra: rules made by code, for the families whose block numbering needs arithmetic.
         optional_prefixes: leading path parts that some versions of the model class have and others have not.
         absent: templates of modules that some published sizes lack; a key for them is ignored with that reason.
@@ -152,17 +187,14 @@ class Names:
         optional_prefixes: tuple[str, ...] = (),
         absent: tuple[str, ...] = (),
     ) -> None:
-        self.rules = (
-            *parse_rows(original),
-            *parse_rows(same, None),
-            *extra,
-            *parse_rows(xlabs, "xlabs"),
-            *parse_rows(omi, "omi"),
-        )
+        rules = (*parse_rows(original), *parse_rows(same, None), *extra, *parse_rows(xlabs, "xlabs"))
+        numbered = (part for rule in rules for part in _numbered(rule))
+        self.rules = (*rules, *parse_rows(omi, "omi"), *numbered, *_fused(rules))
         self.optional_prefixes = optional_prefixes
         self.absent = absent
         # Files of one family hold the same few hundred names, and each is asked for two or three times a load.
         self.resolve = lru_cache(maxsize=1 << 14)(self._resolve)
+        self._written: dict[str, Writing] = {}
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -249,7 +281,9 @@ class Names:
 
     def writing(self, dialect: Dialect) -> "Writing":
         """The same table, read from diffusers names to those of a dialect."""
-        return Writing(self, dialect)
+        if dialect not in self._written:
+            self._written[dialect] = Writing(self, dialect)
+        return self._written[dialect]
 
 
 class Writing:

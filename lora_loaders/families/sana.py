@@ -53,6 +53,7 @@ SANA = Family(
     name="sana",
     components={"transformer": TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("SanaTransformer2DModel",),
+    depths={"transformer_blocks": (20, 28, 60)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (2240, 2240)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (1152, 1152)),
@@ -69,6 +70,7 @@ SANA_VIDEO = Family(
     name="sana-video",
     components={"transformer": VIDEO_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("SanaVideoTransformer3DModel",),
+    depths={"transformer_blocks": (20,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2240, 2240)),
         Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (2240, 2240)),

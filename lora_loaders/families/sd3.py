@@ -39,6 +39,7 @@ SD3 = Family(
     name="sd3",
     components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5},
     model_classes=("SD3Transformer2DModel",),
+    depths={"transformer_blocks": (24, 38)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (1536, 1536)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (2432, 2432)),

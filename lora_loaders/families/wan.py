@@ -121,6 +121,7 @@ WAN = Family(
         "AnyFlowTransformer3DModel",
         "AnyFlowFARTransformer3DModel",
     ),
+    depths={"blocks": (30, 40)},
     shapes=(
         Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120)),
         Shape("transformer", "blocks.{i}.attn1.to_q", (3072, 3072)),
@@ -135,6 +136,7 @@ SKYREELS2 = Family(
     name="skyreels2",
     components={"transformer": SKYREELS2_TRANSFORMER, "text_encoder": T5},
     model_classes=("SkyReelsV2Transformer3DModel",),
+    depths={"blocks": (30, 40)},
     shapes=(
         Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120)),
         Shape("transformer", "blocks.{i}.attn1.to_q", (1536, 1536)),
@@ -148,6 +150,7 @@ HELIOS = Family(
     name="helios",
     components={"transformer": HELIOS_TRANSFORMER, "text_encoder": T5},
     model_classes=("HeliosTransformer3DModel",),
+    depths={"blocks": (40,)},
     shapes=(
         Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120)),
         Shape("transformer", "blocks.{i}.ffn.net.0.proj", (13824, 5120)),
@@ -160,6 +163,7 @@ WAN_ANIMATE2 = Family(
     name="wan-animate2",
     components={"transformer": ANIMATE2_TRANSFORMER, "text_encoder": T5},
     model_classes=("WanAnimate2Transformer3DModel",),
+    depths={"blocks": (40,)},
     shapes=(
         Shape("transformer", "blocks.{i}.self_attn.to_q", (5120, 5120)),
         Shape("transformer", "blocks.{i}.ffn.0", (13824, 5120)),

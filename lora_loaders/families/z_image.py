@@ -33,6 +33,7 @@ Z_IMAGE = Family(
     name="z-image",
     components={"transformer": TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("ZImageTransformer2DModel",),
+    depths={"layers": (30,)},
     shapes=(
         Shape("transformer", "layers.{i}.attention.to_q", (3840, 3840)),
         Shape("transformer", "layers.{i}.attention.to_out.0", (3840, 3840)),

@@ -5,7 +5,7 @@ Only strings are looked at here. What a name means is the families' business, wh
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -41,7 +41,7 @@ STYLES: Mapping[Style, Mapping[str, str]] = {
 COMMON: Mapping[str, str] = {
     "alpha": ".alpha",
     "bias": ".diff_b",
-    **{slot: f".{slot}" for slot in ("diff", "diff_m", "set_weight", "w_norm", "b_norm", "on_input", "reshape_weight")},
+    **{slot: f".{slot}" for slot in ("diff", "set_weight", "w_norm", "b_norm", "on_input", "reshape_weight")},
     **{
         slot: f".{slot}"
         for slot in (
@@ -60,13 +60,22 @@ READ_ONLY: Mapping[str, str] = {
     ".lora_B": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    ".lora_layer.down.weight": "down",
+    ".lora_layer.up.weight": "up",
+    ".lora_down": "down",
+    ".lora_up": "up",
+    ".lora.down": "down",
+    ".lora.up": "up",
     ".down.weight": "down",
     ".up.weight": "up",
     ".lora_magnitude_vector.weight": "magnitude_out",
     ".magnitude": "magnitude_out",
     ".scale": "set_weight",
     ".oft_R.weight": "oft_R",
+    ".diff_m": "diff",
 }
+# LightX2V names a block's parameter by the suffix alone: `blocks.0.diff_m` changes `blocks.0.modulation`.
+PARAMETERS: Mapping[str, str] = {".diff_m": ".modulation"}
 SUFFIXES: Mapping[str, str] = {
     **READ_ONLY,
     **{suffix: slot for slot, suffix in COMMON.items()},
@@ -78,12 +87,20 @@ STYLE_OF: Mapping[str, Style] = {
     **{suffix: style for style, table in STYLES.items() for suffix in table.values()},
 }
 
-# PEFT's names with the adapter's own name inside: `.lora_A.default.weight`.
-SLOTTED = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(\.weight|\.bias|)$")
+# PEFT's names with the adapter's own name inside: `.lora_A.default.weight`; wrapped twice, with two of them.
+SLOTTED = re.compile(
+    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
+)
 
 # Prefix -> the component that it names; "" names none, and "denoiser" and "te1" wait for the family.
 PREFIXES: Mapping[str, str] = {
     "base_model.model.": "",
+    # Wrappers of torch.compile, of data-parallel training and of DiffSynth's trainer.
+    "_orig_mod.": "",
+    "module.": "",
+    "pipe.": "",
+    "dit.": "denoiser",
+    "Hunyuan_video_I2V_lora_": "denoiser",
     "lora_unet_": "denoiser",
     "lora_transformer_": "denoiser",
     "lora_prior_unet_": "denoiser",
@@ -93,12 +110,15 @@ PREFIXES: Mapping[str, str] = {
     "model.diffusion_model.": "denoiser",
     "diffusion_model.": "denoiser",
     "conditional_transformer.": "denoiser",
+    "unconditional_transformer.": "unconditional_transformer",
     "net.": "denoiser",
     "transformer_2.": "transformer_2",
     "transformer_ref.": "transformer_ref",
     "transformer.": "denoiser",
     "unet.": "denoiser",
     "prior.": "denoiser",
+    "decoder.": "decoder",
+    "lora_prior_te_": "te1",
     "connectors.": "connectors",
     "text_conditioner.": "text_conditioner",
     "lora_te_": "te1",
@@ -164,6 +184,8 @@ class RawModule:
     """Slot -> key in the file."""
     adapter: str = ""
     """The adapter's own name inside the keys, as PEFT's training checkpoints have it."""
+    repeated: dict[str, str] = field(default_factory=dict[str, str])
+    """Slot -> a second key that holds it."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -193,7 +215,10 @@ def split_key(key: str) -> Key | None:
     if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
         slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))
         return Key(*split_prefix(key[: slotted.start()]), slot, "peft", slotted[2])
-    return None if slot is None else Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
+    if slot is None:
+        return None
+    suffix = key[dot:]
+    return Key(*split_prefix(key[:dot] + PARAMETERS.get(suffix, "")), slot, STYLE_OF.get(suffix), "")
 
 
 def drop_reason(key: str) -> str | None:
@@ -229,6 +254,7 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
         )
         if split.slot in module.keys:
             left[key] = f"the same slot as {module.keys[split.slot]}"
+            module.repeated[split.slot] = key
         else:
             module.keys[split.slot] = key
     return list(modules.values()), left, parsed
