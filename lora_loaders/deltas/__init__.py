@@ -42,6 +42,7 @@ ALGEBRAS: tuple[tuple[frozenset[str], frozenset[str], type[Delta]], ...] = (
     (frozenset({"weight", "on_input"}), frozenset({"bias"}), Ia3Delta),
     (frozenset({"set_weight"}), frozenset({"bias"}), SetDelta),
     (frozenset({"diff"}), frozenset({"bias"}), FullDelta),
+    (frozenset({"diff_m"}), frozenset(), FullDelta),
     (frozenset({"w_norm"}), frozenset({"b_norm"}), FullDelta),
     (frozenset({"b_norm"}), frozenset(), FullDelta),
     (frozenset({"bias"}), frozenset(), FullDelta),

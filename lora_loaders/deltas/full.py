@@ -20,6 +20,7 @@ class FullDelta(Delta):
     Attributes:
         diff: the difference, or None where only the bias changes.
         norm: whether the file spells it as a norm's difference (`w_norm`, `b_norm`), kept for writing it back.
+        modulation: whether the file spells it as the difference of a block's modulation parameter (`diff_m`, LightX2V).
     """
 
     kind: ClassVar[str] = "full"
@@ -27,10 +28,13 @@ class FullDelta(Delta):
 
     diff: Tensor | None = None
     norm: bool = False
+    modulation: bool = False
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
         """See `Delta.from_slots`."""
+        if "diff_m" in slots:
+            return cls(diff=slots["diff_m"], modulation=True)
         norm = "w_norm" in slots or "b_norm" in slots
         if norm and ("diff" in slots or "bias" in slots):
             raise MalformedAdapterError(
@@ -41,7 +45,7 @@ class FullDelta(Delta):
 
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
-        names = {"diff": "w_norm", "bias": "b_norm"} if self.norm else {}
+        names = {"diff": "w_norm", "bias": "b_norm"} if self.norm else {"diff": "diff_m"} if self.modulation else {}
         return {names.get(name, name): tensor for name, tensor in self.tensors().items()}
 
     @property
@@ -66,7 +70,9 @@ class FullDelta(Delta):
         if diffs and len(diffs) < len(parts):
             raise ConversionError("some parts of a fused module change the weight and some only the bias")
         bias = join_biases(parts)
-        return cls(diff=torch.cat(diffs) if diffs else None, bias=bias, norm=parts[0].norm)
+        return cls(
+            diff=torch.cat(diffs) if diffs else None, bias=bias, norm=parts[0].norm, modulation=parts[0].modulation
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

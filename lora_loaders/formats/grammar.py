@@ -41,7 +41,7 @@ STYLES: Mapping[Style, Mapping[str, str]] = {
 COMMON: Mapping[str, str] = {
     "alpha": ".alpha",
     "bias": ".diff_b",
-    **{slot: f".{slot}" for slot in ("diff", "set_weight", "w_norm", "b_norm", "on_input", "reshape_weight")},
+    **{slot: f".{slot}" for slot in ("diff", "diff_m", "set_weight", "w_norm", "b_norm", "on_input", "reshape_weight")},
     **{
         slot: f".{slot}"
         for slot in (
@@ -72,10 +72,7 @@ READ_ONLY: Mapping[str, str] = {
     ".magnitude": "magnitude_out",
     ".scale": "set_weight",
     ".oft_R.weight": "oft_R",
-    ".diff_m": "diff",
 }
-# LightX2V names a block's parameter by the suffix alone: `blocks.0.diff_m` changes `blocks.0.modulation`.
-PARAMETERS: Mapping[str, str] = {".diff_m": ".modulation"}
 SUFFIXES: Mapping[str, str] = {
     **READ_ONLY,
     **{suffix: slot for slot, suffix in COMMON.items()},
@@ -215,10 +212,7 @@ def split_key(key: str) -> Key | None:
     if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
         slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))
         return Key(*split_prefix(key[: slotted.start()]), slot, "peft", slotted[2])
-    if slot is None:
-        return None
-    suffix = key[dot:]
-    return Key(*split_prefix(key[:dot] + PARAMETERS.get(suffix, "")), slot, STYLE_OF.get(suffix), "")
+    return None if slot is None else Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
 
 
 def drop_reason(key: str) -> str | None:

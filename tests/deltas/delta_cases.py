@@ -177,6 +177,7 @@ def make_cases() -> dict[str, Case]:
             closed=False,
         ),
         "full": Case(slots(diff=(24, 10)), lambda s, w: s["diff"]),
+        "modulation": Case(slots(diff_m=(24, 10)), lambda s, w: s["diff_m"]),
         "set": Case(slots(set_weight=(24, 10)), lambda s, w: s["set_weight"] - w),
         "loha": Case(slots(**loha_slots), lambda s, w: loha(s, w, half), 1.0),
         "loha conv": Case(slots(**flat), lambda s, w: loha(s, w, half), 1.0, (3, 3)),

@@ -4,8 +4,15 @@ import pytest
 import torch
 from delta_cases import CASES, randn
 
-from lora_loaders.deltas import DoraDelta, LoraDelta, SparseDelta, build
+from lora_loaders.deltas import DoraDelta, FullDelta, LoraDelta, SparseDelta, build
 from lora_loaders.errors import MalformedAdapterError
+
+
+def test_a_modulation_difference_is_written_back_under_its_own_name() -> None:
+    delta = build({"diff_m": randn(1, 6, 10)}, None)
+    assert isinstance(delta, FullDelta)
+    assert delta.shape == (1, 6, 10)
+    assert delta.slots().keys() == {"diff_m"}
 
 
 def test_reshape_weight_is_checked_and_not_kept() -> None:

@@ -50,6 +50,7 @@ SUFFIX_CASES = {
     ".oft_R.weight": "oft_R",
     ".diff": "diff",
     ".diff_b": "bias",
+    ".diff_m": "diff_m",
     ".set_weight": "set_weight",
     ".scale": "set_weight",
     ".w_norm": "w_norm",
@@ -67,15 +68,6 @@ def test_suffix_is_split_from_the_name(suffix: str) -> None:
     assert (found.prefix, found.component, found.name, found.slot) == (
         *("diffusion_model.", "denoiser", NAME, SUFFIX_CASES[suffix]),
     )
-
-
-def test_change_of_a_blocks_parameter_is_read_under_the_parameters_name() -> None:
-    """LightX2V's `blocks.0.diff_m`; ComfyUI's spelling of the same is `blocks.0.modulation.diff`."""
-    assert split_key("diffusion_model.blocks.0.diff_m") == Key("diffusion_model.", "denoiser", *BLOCK_DIFF)
-    assert split_key("diffusion_model.blocks.0.modulation.diff") == Key("diffusion_model.", "denoiser", *BLOCK_DIFF)
-
-
-BLOCK_DIFF = ("blocks.0.modulation", "diff", None, "")
 
 
 @pytest.mark.parametrize("adapter", ["default", "style", "up", "down", "a1", "weight_1", "lora", "0"])
