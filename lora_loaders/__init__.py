@@ -1,6 +1,9 @@
 """lora_loaders: LoRA-type adapters for diffusers, loaded whole or not at all, fused and unfused to the bit."""
 
 from .adapter import Adapter
+from .combining.approximating import Approximation
+from .combining.extracting import extract
+from .combining.resizing import resize, to_full
 from .conversion import read_adapter
 from .converting import convert
 from .deltas import Delta
@@ -41,6 +44,7 @@ __all__ = [
     "AdapterFileError",
     "AdapterMismatchError",
     "AdapterStateError",
+    "Approximation",
     "AttachPlan",
     "ConversionError",
     "Delta",
@@ -62,7 +66,10 @@ __all__ = [
     "attach",
     "convert",
     "detach",
+    "extract",
     "plan",
     "read_adapter",
+    "resize",
+    "to_full",
     "write_adapter",
 ]

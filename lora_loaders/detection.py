@@ -110,8 +110,9 @@ def _fits(
     component, resolved = reading
     path = resolved.paths[0]
     shapes = {slot: tensors[key].shape for slot, key in module.keys.items() if tensors[key].ndim >= 2}
-    out_features = shapes["up"][0] if "up" in shapes and len(resolved.paths) == 1 else None
-    in_features = shapes["down"][1] if "down" in shapes else None
+    rows, columns = (shapes.get(slot, shapes.get("diff")) for slot in ("up", "down"))
+    out_features = rows[0] if rows is not None and len(resolved.paths) == 1 else None
+    in_features = columns[1] if columns is not None else None
     if not shapes or not family.tells(component, path):
         return None
     return family.fits(component, path, out_features, in_features)

@@ -41,15 +41,10 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
         if not found:
             continue
         copied = {path: delta.map_tensors(lambda tensor: tensor.detach().clone()) for path, delta in found.items()}
-        deltas[component] = {_canonical(path, component, family): delta for path, delta in copied.items()}
+        deltas[component] = {
+            family.file_path(component, path) if family else path: delta for path, delta in copied.items()
+        }
         config: LoraConfig = model.__dict__["peft_config"][chosen]
         metadata |= config.metadata
         own_family = own_family or config.family
     return Adapter(deltas, family=own_family, metadata=metadata, source=f"the loaded adapter {chosen!r}")
-
-
-def _canonical(path: str, component: str, family: Family | None) -> str:
-    """The path as files have it: some model classes lack a level that the names keep (`text_model.`)."""
-    names = family.components.get(component) if family else None
-    readings = [r for r in names.resolve(path) if r.is_diffusers] if names else []
-    return readings[0].paths[0] if readings and len(readings[0].paths) == 1 else path

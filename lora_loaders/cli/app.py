@@ -13,8 +13,9 @@ from lora_loaders.errors import LoraLoadersError
 from .convert import convert
 from .inspect import inspect
 from .plan import plan
+from .resize import resize
 
-COMMANDS = (inspect, plan, convert)
+COMMANDS = (inspect, plan, convert, resize)
 
 
 class _Commands(TyperGroup):

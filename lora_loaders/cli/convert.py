@@ -1,13 +1,15 @@
 """`lora-loaders convert`: the same adapter in another format."""
 
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lora_loaders.combining.resizing import resize, to_full
 from lora_loaders.conversion import parse
 from lora_loaders.converting import convert as convert_adapter
 from lora_loaders.errors import AdapterFileError
@@ -15,8 +17,31 @@ from lora_loaders.files import read_header
 from lora_loaders.inspecting import open_contents
 from lora_loaders.locating import DEFAULT_NAMES, PICKLES, HubOptions
 
-from .options import FORMAT_NAMES, AllowPickle, Dtype, FamilyName, Revision, Subfolder, Token, WeightName, check_format
+from .options import (
+    FORMAT_NAMES,
+    AllowPickle,
+    Dtype,
+    Energy,
+    ErrorBound,
+    FamilyName,
+    Force,
+    ModelPath,
+    Rank,
+    Revision,
+    Subfolder,
+    Token,
+    WeightName,
+    check_format,
+)
+from .results import show_errors
 from .tables import counted, grouped, in_bytes, show_notes
+
+
+class Algebra(str, Enum):
+    """What `--as` can turn any algebra into."""
+
+    lora = "lora"
+    full = "full"
 
 
 def convert(
@@ -29,10 +54,17 @@ def convert(
     token: Token = None,
     family: FamilyName = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Write in this type; as it is by default.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    force: Force = False,
     allow_pickle: AllowPickle = False,
+    algebra: Annotated[Algebra | None, typer.Option("--as", help="Say every change in this algebra.")] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    error: ErrorBound = None,
+    model: ModelPath = None,
 ) -> None:
-    """Write an adapter in another format, whole or not at all."""
+    """Write an adapter in another format or algebra, whole or not at all."""
+    if algebra is not Algebra.lora and (rank, energy, error) != (None, None, None):
+        raise typer.BadParameter("--rank, --energy and --error go with --as lora")
     path = _target(target, format)
     if path.exists() and not force:
         raise AdapterFileError(
@@ -46,14 +78,22 @@ def convert(
         contents, _ = open_contents(source, hub, allow_pickle=allow_pickle)
         progress.update(task, advance=1, description="naming")
         adapter = parse(contents, family)
+        chosen, done = dtype.torch if dtype else None, None
+        if algebra is not None:
+            goal = {"rank": rank, "energy": energy, "error": error}
+            change = partial(resize, **goal) if algebra is Algebra.lora else to_full
+            done = change(adapter, dtype=chosen, model=model)
+            adapter = done.adapter
         progress.update(task, advance=1, description="writing")
-        chosen = getattr(torch, dtype.value) if dtype else None
         path = convert_adapter(adapter, path, format=format, dtype=chosen, overwrite=force)
         progress.update(task, advance=1, description="written")
+    if done is not None:
+        show_errors(done)
     show_notes(console, "Left out", grouped(adapter.ignored, "keys"), "yellow")
     modules, keys = sum(adapter.components.values()), len(read_header(path)[0])
     sizes = f"{counted(modules, 'modules')}, {len(contents.tensors):,} → {keys:,} keys, {in_bytes(path.stat().st_size)}"
-    typer.echo(f"{path}: {adapter.describe()} → {format}, {sizes}")
+    lost = f", relative error of ΔW {done.error:.3g}" if done else ""
+    typer.echo(f"{path}: {adapter.describe()} → {format}, {sizes}{lost}")
 
 
 def _target(target: Path, format: str) -> Path:

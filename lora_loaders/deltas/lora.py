@@ -82,6 +82,12 @@ class LoraDelta(Delta):
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
+    def fits(self, weight_shape: Sequence[int]) -> bool:
+        """See `Delta.fits`; a flattened kernel (a LoHa or LoKr made into this) fits any kernel of that size."""
+        out, *rest = self.shape
+        flattened = len(rest) == 1 and out == weight_shape[0] and rest[0] == math.prod(weight_shape[1:])
+        return flattened or super().fits(weight_shape)
+
     def factors(self, base_weight: Tensor | None = None) -> Factors:
         """See `Delta.factors`; a Tucker core is multiplied into `down`."""
         down = self.down

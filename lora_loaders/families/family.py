@@ -91,6 +91,12 @@ class Family:
         likely = self.encoder_meant(hint)
         return tuple(dict.fromkeys([*([likely] if likely else ()), *encoders]))
 
+    def file_path(self, component: str, path: str) -> str:
+        """The path as files have it: some model classes lack a level that the names keep (`text_model.`)."""
+        names = self.components.get(component)
+        readings = [r for r in names.resolve(path) if r.is_diffusers] if names else []
+        return readings[0].paths[0] if readings and len(readings[0].paths) == 1 else path
+
     def expected_shape(self, component: str, path: str) -> tuple[int | None, int | None] | None:
         """The published models' `[out, in]` at this path, if it is among the telling ones and there is but one."""
         known = self._known_shapes(component, path)

@@ -1,0 +1,220 @@
+"""One change said in another algebra, and what is lost by it: as a LoRA, as a LoKr, or in full."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_loaders.adapter import Adapter
+from lora_loaders.deltas import Delta, FullDelta, LokrDelta, LoraDelta
+from lora_loaders.deltas.base import computing
+from lora_loaders.errors import ConversionError
+
+from .goals import Goal
+from .provenance import with_history
+from .truncating import Pair, of_matrix, of_product, split_size
+
+
+class Fit(NamedTuple):
+    """How well one module's change is said: the new rank, ‖ΔW‖, and ‖ΔW − ΔW'‖ / ‖ΔW‖ of what is stored."""
+
+    rank: int | None
+    norm: float
+    error: float
+
+
+class Fitted(NamedTuple):
+    """A delta, and how well it says what it stands for."""
+
+    delta: Delta
+    fit: Fit
+
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """An adapter that stands for others, or for a difference of weights.
+
+    Attributes:
+        adapter: ready to be written; its metadata tell of its making.
+        fits: `component.path` -> how well that module's change is said.
+        left_out: `component.path` -> why it is not in the adapter.
+    """
+
+    adapter: Adapter
+    fits: Mapping[str, Fit]
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − ΔW'‖ / ‖ΔW‖ over all modules together."""
+        return total_error(self.fits)
+
+
+def total_error(fits: Mapping[str, Fit]) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ over all modules together."""
+    norm = math.hypot(*(fit.norm for fit in fits.values()))
+    return math.hypot(*(fit.norm * fit.error for fit in fits.values())) / norm if norm else 0.0
+
+
+def with_record(
+    adapter: Adapter, fits: Mapping[str, Fit], action: str, sources: list[str], settings: Mapping[str, Any]
+) -> Adapter:
+    """The adapter with metadata that tell what was done, with what, and how much was lost."""
+    facts = {**settings, "modules": len(fits), "relative_error": total_error(fits)}
+    worst = max(fits, key=lambda place: fits[place].error, default=None)
+    if worst is not None and fits[worst].error > 0:
+        facts["worst_module"] = [worst, fits[worst].error]
+    return replace(adapter, metadata=with_history(adapter.metadata, action, sources, facts))
+
+
+def as_lora(delta: Delta, goal: Goal, base_weight: Tensor | None = None, dtype: torch.dtype | None = None) -> Fitted:
+    """The nearest LoRA.
+
+    Low-rank deltas go through their factors, so that ΔW is not built. A LoRA keeps its scaling, others get one of 1; a
+    change of a bias or of a norm stays what it is.
+
+    Args:
+        delta: any algebra.
+        goal: the rank; a goal that keeps all gives the algebra's own rank.
+        base_weight: needed where ΔW depends on it; it also tells the kernel that some files flatten.
+        dtype: of the result; the delta's own if None.
+
+    Raises:
+        ConversionError: ΔW depends on a base weight that was not given, or has no rank and the goal names none.
+    """
+    shape, dtype = _shape_of(delta, base_weight), dtype or _dtype_of(delta)
+    if shape is None or len(shape) < 2:
+        return _unchanged(delta, dtype)
+    goal = goal.at(shape[2:])
+    product = _product_of(delta)
+    if isinstance(delta, LoraDelta) and product is not None and goal.keeps_all:
+        return Fitted(delta.map_tensors(lambda tensor: tensor.to(dtype)), Fit(delta.rank, _norm(product), 0.0))
+    if product is not None:
+        made = _lora(of_product(*product, goal), delta, shape, dtype)
+        return Fitted(made, _fit_of_product(product, made))
+    if goal.keeps_all:
+        raise ConversionError(f"{delta.kind} has no rank of its own: give a rank, an energy or an error")
+    change = delta.delta_weight(base_weight).reshape(shape)
+    made = _lora(of_matrix(change.flatten(1), goal), delta, shape, dtype)
+    return Fitted(made, fit_of(change, made))
+
+
+def as_full(delta: Delta, base_weight: Tensor | None = None, dtype: torch.dtype | None = None) -> Fitted:
+    """The change itself, ΔW, in this dtype (the delta's own if None).
+
+    Raises:
+        ConversionError: ΔW depends on a base weight that was not given.
+    """
+    shape, dtype = _shape_of(delta, base_weight), dtype or _dtype_of(delta)
+    if shape is None or len(shape) < 2:
+        return _unchanged(delta, dtype)
+    change = delta.delta_weight(base_weight).reshape(shape)
+    bias = delta.delta_bias()
+    made = FullDelta(diff=change.to(dtype), bias=None if bias is None else bias.to(dtype))
+    return Fitted(made, fit_of(change, made))
+
+
+def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype | None = None) -> Fitted:
+    """The nearest Kronecker product w1 ⊗ w2.
+
+    Blocks of ΔW as rows make w1 ⊗ w2 the outer product of both, so the best pair is one of singular vectors (Van Loan
+    and Pitsianis 1993, "Approximation with Kronecker products"). For this w1, cutting w2 by its singular values is the
+    best cut, since what w1 ⊗ w2 misses is orthogonal to every w1 ⊗ x.
+
+    Args:
+        delta: the change in full.
+        goal: the rank of w2; a goal that keeps all stores w2 whole.
+        factor: largest size of w1; -1 for sizes next to the square root, as LyCORIS has it.
+        dtype: of the result; the delta's own if None.
+    """
+    shape, dtype = _shape_of(delta, None), dtype or _dtype_of(delta)
+    if shape is None or len(shape) < 2:
+        return _unchanged(delta, dtype)
+    change = delta.delta_weight()
+    (p, m), (q, n) = split_size(shape[0], factor), split_size(shape[1], factor)
+    blocks = change.reshape(p, m, q, -1).transpose(1, 2).reshape(p * q, -1)
+    first, second = of_matrix(blocks, Goal(rank=1))
+    w1, w2 = first.reshape(p, q), second.reshape(m, n, *shape[2:])
+    goal = goal.at(shape[2:])
+    slots = {"lokr_w1": w1, "lokr_w2": w2}
+    if not goal.keeps_all:
+        a, b = of_matrix(w2.flatten(1), goal)
+        slots = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b}
+    if delta.bias is not None:
+        slots["bias"] = delta.bias
+    made = LokrDelta.from_slots({name: tensor.to(dtype).contiguous() for name, tensor in slots.items()}, None)
+    made = replace(made, alpha=float(made.rank)) if made.rank else made
+    return Fitted(made, fit_of(change, made))
+
+
+def fit_of(change: Tensor, made: Delta) -> Fit:
+    """How well a delta says a change that is there in full."""
+    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    lost = made.delta_weight().reshape(change.shape).to(change.dtype) - change
+    error = float(torch.linalg.vector_norm(lost, dtype=torch.float64))
+    return Fit(made.rank, norm, error / norm if norm else 0.0)
+
+
+def _unchanged(delta: Delta, dtype: torch.dtype) -> Fitted:
+    """A change of a bias or a norm; it has no rank to cut and counts for no error."""
+    cast = delta.map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return Fitted(cast, Fit(None, 0.0, 0.0))
+
+
+def _shape_of(delta: Delta, base_weight: Tensor | None) -> tuple[int, ...] | None:
+    """Shape of the weight, None where only the bias changes."""
+    if delta.shape is None:
+        return None
+    if base_weight is not None:
+        return tuple(base_weight.shape)
+    if delta.needs_base:
+        raise ConversionError(f"{delta.kind}: ΔW depends on the weight it is added to")
+    return delta.shape
+
+
+def _dtype_of(delta: Delta) -> torch.dtype:
+    return next((t.dtype for t in delta.tensors().values() if t.is_floating_point()), torch.float32)
+
+
+def _product_of(delta: Delta) -> Pair | None:
+    """ΔW as up `[out, k]` and down `[k, in·kernel]`, the scaling in `up`; None where the algebra has no such form."""
+    factors = None if delta.needs_base else delta.factors()
+    if factors is None or factors.in_gain is not None or factors.out_gain is not None:
+        return None
+    return Pair(computing(factors.up).flatten(1) * factors.scaling, computing(factors.down).flatten(1))
+
+
+def _norm(product: Pair) -> float:
+    """‖up @ down‖ from the two small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
+    up, down = product.up.double(), product.down.double()
+    return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum())))
+
+
+def _fit_of_product(product: Pair, made: LoraDelta) -> Fit:
+    new = _product_of(made)
+    assert new is not None
+    lost = Pair(torch.cat([product.up.double(), -new.up.double()], 1), torch.cat([product.down, new.down]).double())
+    norm = _norm(product)
+    return Fit(made.rank, norm, _norm(lost) / norm if norm else 0.0)
+
+
+def _lora(pair: Pair, like: Delta, shape: tuple[int, ...], dtype: torch.dtype) -> LoraDelta:
+    """A LoRA of these factors with the scaling, the biases and the spelling of `like`."""
+    rank, kernel = pair.up.shape[1], shape[2:]
+    own = like if isinstance(like, LoraDelta) else None
+    scaling = own.scaling if own else 1.0
+    up = pair.up * (math.copysign(1, scaling) / math.sqrt(abs(scaling)))
+    down = pair.down / math.sqrt(abs(scaling))
+    # A flattened kernel stays flat where no base weight tells its sizes.
+    tensors: dict[str, Any] = {
+        "up": up.reshape(shape[0], rank, *[1] * len(kernel)).to(dtype).contiguous(),
+        "down": down.reshape(rank, *shape[1:]).to(dtype).contiguous(),
+    }
+    if own is not None:
+        alpha = None if not own.alpha else scaling * (math.sqrt(rank) if own.rslora else rank)
+        return replace(own.map_tensors(lambda tensor: tensor.to(dtype)), **tensors, mid=None, alpha=alpha)
+    bias = like.delta_bias()
+    return LoraDelta(**tensors, alpha=float(rank), bias=None if bias is None else bias.to(dtype))

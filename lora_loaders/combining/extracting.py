@@ -1,0 +1,151 @@
+"""The difference of two models as an adapter, one weight at a time."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_loaders.adapter import Adapter
+from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
+from lora_loaders.deltas import Delta, FullDelta
+from lora_loaders.deltas.base import computing
+from lora_loaders.errors import UNTOUCHED, AdapterMismatchError
+
+from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
+from .goals import Goal
+from .resizing import Tick, computed_again, read_at
+
+Algebra = Literal["lora", "lokr", "full"]
+SMALL = "a vector (a bias or a norm): pass vectors=… to keep it"
+
+
+@dataclass
+class _Extraction:
+    """What is gathered while two models are compared."""
+
+    deltas: dict[str, dict[str, Delta]] = field(default_factory=dict[str, dict[str, Delta]])
+    fits: dict[str, Fit] = field(default_factory=dict[str, Fit])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def extract(
+    tuned: Weights,
+    base: Weights,
+    *,
+    algebra: Algebra = "lora",
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    conv_rank: int | None = None,
+    factor: int = -1,
+    vectors: bool = False,
+    dtype: torch.dtype = torch.float16,
+    family: str | None = None,
+    component: str | None = None,
+    device: torch.device | str | None = None,
+    on_module: Tick | None = None,
+) -> Approximation:
+    """What a tuned model has learned, as an adapter for the model it was tuned from: ΔW = W_tuned − W_base.
+
+    Weights stay in their files and are read pair by pair, so that memory holds one pair and the adapter; a `full`
+    difference is computed once for its error and again when it is written. Small ranks come from a sketch (see
+    `truncating.of_matrix`). Modules that are equal in both are not in the adapter.
+
+    Args:
+        tuned: the changed model: a pipeline's or model's folder, a checkpoint under diffusers' or its publisher's
+            names, or a live model, whose fused adapters count.
+        base: the model it was made from, in any of these forms.
+        algebra: `lora`; `lokr` for the nearest Kronecker product; `full` for ΔW itself.
+        rank: rank of each module; of w2 for `lokr`. For `lora` it, `energy` or `error` must be given.
+        energy: the smallest rank that keeps this share of Σσ².
+        error: the smallest rank with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most this.
+        conv_rank: `rank` for kernels larger than 1.
+        factor: largest size of w1 for `lokr`; -1 for sizes next to the square root.
+        vectors: keep changes of biases and norms too, in full; some formats have no words for them.
+        dtype: of the adapter.
+        family: the family, where names alone do not tell it.
+        component: what adapters call a lone model, if its class does not tell.
+        device: where to compute.
+        on_module: called with the place of each module that is done.
+
+    Raises:
+        AdapterFileError: one of the two cannot be read as a checkpoint.
+        AdapterMismatchError: the two have no module in common, or none that differs.
+        ConversionError: a goal that means nothing.
+    """
+    goal = Goal(rank, energy, error, conv_rank)
+    if algebra == "lora":
+        goal.require_loss()
+    new, old = (open_checkpoint(side, family=family, component=component) for side in (tuned, base))
+
+    def say(delta: FullDelta) -> Fitted:
+        if algebra == "full":
+            return as_full(delta, dtype=dtype)
+        return as_lora(delta, goal, dtype=dtype) if algebra == "lora" else as_lokr(delta, goal, factor, dtype)
+
+    found = _Extraction()
+    for part, path, delta in new.weights.modules():
+        place = f"{part}.{path}"
+        compare = partial(_difference, delta, old.parts(part, path), place, vectors, found, device)
+        change = compare()
+        if change is not None:
+            made, found.fits[place] = say(change)
+            kept = computed_again(made, lambda again=compare: say(again() or FullDelta()).delta)
+            found.deltas.setdefault(part, {})[path] = kept
+        if on_module is not None:
+            on_module(place)
+    _check(found, new, old)
+    settings = {"algebra": algebra, **{name: value for name, value in asdict(goal).items() if value is not None}}
+    sources = [str(file) for side in (new, old) for file in side.files or (side.label,)]
+    known = new.weights.family or old.weights.family
+    adapter = Adapter(found.deltas, family=known, source=f"the difference of {new.label} and {old.label}")
+    return Approximation(with_record(adapter, found.fits, "extract", sources, settings), found.fits, found.left_out)
+
+
+def _difference(
+    delta: Delta,
+    other: FullDelta | None,
+    place: str,
+    vectors: bool,
+    found: _Extraction,
+    device: torch.device | str | None,
+) -> FullDelta | None:
+    """What changed in one module, None if nothing did or it cannot be kept; says why in `left_out`."""
+    own = delta.tensors()
+    theirs: Mapping[str, Tensor] = other.tensors() if other is not None else {}
+    if other is None:
+        found.left_out[place] = "the base model has no such module"
+        return None
+    changes: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        if name not in theirs or not tensor.is_floating_point():
+            continue
+        if theirs[name].shape != tensor.shape:
+            reason = f"its {'bias' if name == 'bias' else 'weight'} has the shape {tuple(tensor.shape)} here and "
+            found.left_out[place] = f"{reason}{tuple(theirs[name].shape)} in the base model"
+            return None
+        change = computing(read_at(tensor, device)) - computing(read_at(theirs[name], device))
+        if not change.any():
+            continue
+        if change.ndim < 2 and not vectors:
+            found.left_out[place if name == "diff" else f"{place} (bias)"] = SMALL
+            continue
+        changes[name] = change
+    return FullDelta(diff=changes.get("diff"), bias=changes.get("bias")) if changes else None
+
+
+def _check(found: _Extraction, new: Checkpoint, old: Checkpoint) -> None:
+    if found.fits:
+        return
+    facts: dict[str, Any] = {side.label: sorted(side.weights.components) for side in (new, old)}
+    raise AdapterMismatchError(
+        f"{new.label} and {old.label} differ in no weight that an adapter could hold",
+        problems=[*(f"{place}: {reason}" for place, reason in found.left_out.items())]
+        or [f"{label}: {', '.join(components)}" for label, components in facts.items()],
+        mend="Are they two versions of one model? A lone model's component can be named with component=….",
+        state=UNTOUCHED,
+    )
+

@@ -1,0 +1,81 @@
+"""How much of a change is to be kept: a rank, a share of its energy, or a bound on its error."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_loaders.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a low-rank change is to reach, module by module; nothing given keeps everything.
+
+    With singular values σ of ΔW, the energy of the first r is Σ_{i≤r} σᵢ² / Σ σᵢ², and the relative error that remains
+    is √(1 − energy) (Eckart and Young 1936, https://doi.org/10.1007/BF02288367).
+
+    Attributes:
+        rank: the rank; beside `energy` or `error` the most that they may take.
+        energy: the smallest rank that keeps this share, above 0 and at most 1.
+        error: the smallest rank with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most this, from 0 to below 1.
+        conv_rank: `rank` for kernels larger than 1; the same as `rank` if None.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    conv_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, rank in (("rank", self.rank), ("conv_rank", self.conv_rank)):
+            if rank is not None and rank < 1:
+                raise _meaningless(f"{name}={rank}: a rank is at least 1")
+        if self.energy is not None and self.error is not None:
+            raise _meaningless(f"energy={self.energy} and error={self.error} say the same thing: give one of them")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise _meaningless(f"energy={self.energy}: a share is above 0 and at most 1")
+        if self.error is not None and not 0 <= self.error < 1:
+            raise _meaningless(f"error={self.error}: a bound is at least 0 and below 1")
+
+    @property
+    def share(self) -> float | None:
+        """The share of energy to keep, None where only a rank is wanted."""
+        return self.energy if self.error is None else 1 - self.error**2
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing may be lost."""
+        return self.rank is None and self.share in (None, 1.0)
+
+    def require_loss(self) -> None:
+        """Raise unless something says how much is to be kept.
+
+        Raises:
+            ConversionError: nothing does.
+        """
+        if self.keeps_all:
+            raise _meaningless("give a rank, an energy or an error")
+
+    def at(self, kernel: tuple[int, ...]) -> "Goal":
+        """The goal for a weight with this kernel."""
+        large = any(size > 1 for size in kernel)
+        return Goal(self.conv_rank if large and self.conv_rank else self.rank, self.energy, self.error)
+
+    def choose(self, squares: Tensor, total: float) -> int:
+        """The rank, at least 1.
+
+        Args:
+            squares: squared singular values, falling; those that are not known are left out at the end.
+            total: sum of all of them.
+        """
+        most = min(squares.numel(), self.rank or squares.numel())
+        if self.share is None:
+            return most
+        kept = squares.double().cumsum(0)
+        enough = int(torch.searchsorted(kept, self.share * total)) + 1
+        return max(1, min(enough, most))
+
+
+def _meaningless(what: str) -> ConversionError:
+    return ConversionError(what, state="Nothing was read or written.")

@@ -1,0 +1,184 @@
+"""A whole adapter in another algebra or of another rank, with the error of every module."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_loaders.adapter import Adapter
+from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
+from lora_loaders.conversion import Source, read_adapter
+from lora_loaders.deltas import Delta, FullDelta
+from lora_loaders.errors import ConversionError
+from lora_loaders.lazy import FileTensor, form_of
+
+from .approximating import Approximation, Fit, Fitted, as_full, as_lora, with_record
+from .goals import Goal
+
+NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
+Tick = Callable[[str], None]
+
+
+def resize(
+    source: Source,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    conv_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    model: Weights | None = None,
+    family: str | None = None,
+    device: torch.device | str | None = None,
+    on_module: Tick | None = None,
+) -> Approximation:
+    """The nearest adapter of LoRAs with smaller ranks; with no goal given, every algebra's exact LoRA.
+
+    For a LoRA ΔW = B A this is the singular value decomposition of the product from the QR factors of both
+    (Eckart and Young 1936), so ΔW is never built. Any other algebra goes through its own factors or through ΔW.
+
+    Args:
+        source: an adapter, or what `read_adapter` reads.
+        rank: the rank of every module, or the most that `energy` and `error` may take.
+        energy: the smallest rank that keeps this share of Σσ², for each module.
+        error: the smallest rank with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most this, for each module.
+        conv_rank: `rank` for kernels larger than 1.
+        dtype: of the factors; each module's own if None. The errors are those after this rounding.
+        model: the base weights, for the algebras whose ΔW depends on them (DoRA, OFT, IA3, GLoRA, `set`).
+        family: read it as this family.
+        device: where to compute.
+        on_module: called with the place of each module that is done.
+
+    Raises:
+        AdapterFileError: the source cannot be read.
+        ConversionError: with every module that cannot be said as a LoRA of this goal; or a goal that means nothing.
+    """
+    goal = Goal(rank, energy, error, conv_rank)
+    settings = {name: value for name, value in asdict(goal).items() if value is not None}
+
+    def change(delta: Delta, base_weight: Tensor | None) -> Fitted:
+        return as_lora(delta, goal, base_weight, dtype)
+
+    return _changed(source, change, "resize", settings, model, family, device, on_module)
+
+
+def to_full(
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    model: Weights | None = None,
+    family: str | None = None,
+    device: torch.device | str | None = None,
+    on_module: Tick | None = None,
+) -> Approximation:
+    """The adapter with every ΔW in full, as `[out, in, *kernel]` in this dtype (its own if None); see `resize`.
+
+    Raises:
+        AdapterFileError: the source cannot be read.
+        ConversionError: ΔW depends on base weights, and none were given.
+    """
+
+    def change(delta: Delta, base_weight: Tensor | None) -> Fitted:
+        return as_full(delta, base_weight, dtype)
+
+    return _changed(source, change, "to full", {}, model, family, device, on_module)
+
+
+def read_whole(source: Source, family: str | None = None) -> Adapter:
+    """An adapter of which every module's name is known.
+
+    Raises:
+        ConversionError: some are not; leaving them out would be silent loss.
+    """
+    adapter = read_adapter(source, family=family)
+    if adapter.unresolved:
+        raise ConversionError(
+            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
+            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
+            mend="Name the family with family=… if it was taken for another.",
+            state="Nothing was written.",
+        )
+    return adapter
+
+
+def at_hand(delta: Delta, device: torch.device | str | None) -> Delta:
+    """The delta with its numbers read, where it is to be computed."""
+    return delta.map_tensors(lambda tensor: read_at(tensor, device))
+
+
+def read_at(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """The numbers of a tensor that may lie in a file, on the device if one is given."""
+    plain = tensor.read() if isinstance(tensor, FileTensor) else tensor
+    return plain if device is None else plain.to(device)
+
+
+def computed_again(made: Delta, compute: Callable[[], Delta]) -> Delta:
+    """The delta with a full difference left to be computed when it is written, since many make up a whole model."""
+    if not isinstance(made, FullDelta) or made.diff is None or made.diff.ndim < 2:
+        return at_hand(made, "cpu")
+
+    def diff() -> Tensor:
+        return compute().tensors()["diff"].cpu()
+
+    bias = None if made.bias is None else made.bias.cpu()
+    return replace(made, diff=FileTensor.computed(form_of(made.diff.shape, made.diff.dtype), diff), bias=bias)
+
+
+def base_weight_at(
+    checkpoint: Checkpoint | None, component: str, path: str, device: torch.device | str | None = None
+) -> Tensor | None:
+    """The base weight of a module, None if it is not known."""
+    parts = None if checkpoint is None else checkpoint.parts(component, path)
+    return None if parts is None or parts.diff is None else read_at(parts.diff, device)
+
+
+def _changed(
+    source: Source,
+    change: Callable[[Delta, Tensor | None], Fitted],
+    action: str,
+    settings: Mapping[str, Any],
+    model: Weights | None,
+    family: str | None,
+    device: torch.device | str | None,
+    on_module: Tick | None,
+) -> Approximation:
+    adapter = read_whole(source, family)
+    checkpoint = None if model is None else open_checkpoint(model, family=adapter.family)
+    deltas: dict[str, dict[str, Delta]] = {}
+    fits: dict[str, Fit] = {}
+    problems: list[str] = []
+    for component, path, delta in adapter.modules():
+        place = f"{component}.{path}"
+        try:
+            compute = partial(_made, change, checkpoint, component, path, delta, device)
+            made, fits[place] = compute()
+            deltas.setdefault(component, {})[path] = computed_again(made, lambda again=compute: again().delta)
+        except ConversionError as error:
+            problems.append(f"{place}: {error.what}")
+        if on_module is not None:
+            on_module(place)
+    if problems:
+        raise ConversionError(
+            f"{adapter.source} ({adapter.describe()}): {len(problems)} modules cannot be changed so",
+            problems=problems,
+            mend=NEEDS_WEIGHTS
+            if any("depends" in problem for problem in problems)
+            else "Give rank=…, energy=… or error=….",
+            state="Nothing was written.",
+        )
+    made_adapter = with_record(replace(adapter, deltas=deltas), fits, action, [adapter.source], settings)
+    return Approximation(made_adapter, fits)
+
+
+def _made(
+    change: Callable[[Delta, Tensor | None], Fitted],
+    checkpoint: Checkpoint | None,
+    component: str,
+    path: str,
+    delta: Delta,
+    device: torch.device | str | None,
+) -> Fitted:
+    return change(at_hand(delta, device), base_weight_at(checkpoint, component, path, device))

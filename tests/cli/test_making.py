@@ -1,0 +1,121 @@
+"""The commands that make adapters, as a user meets them: what is printed, exit codes, and files left alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from lora_loaders.cli import app
+
+Run = Callable[..., Result]
+TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TO_K = TO_Q.replace("to_q", "to_k")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def invoke(*arguments: object) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file({**lora(TO_Q, 8), **lora(TO_K, 8)}, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def lora(name: str, rank: int) -> dict[str, Tensor]:
+    down, up = torch.randn(rank, 320), torch.randn(320, rank)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+
+
+def change_in(path: Path, name: str) -> Tensor:
+    tensors = load_file(path)
+    if f"{name}.diff" in tensors:
+        return tensors[f"{name}.diff"]
+    up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+    return up @ down * tensors[f"{name}.alpha"] / len(down)
+
+
+def error_between(one: Path, other: Path, name: str) -> float:
+    return float((change_in(other, name) - change_in(one, name)).norm() / change_in(one, name).norm())
+
+
+# resize
+
+
+def test_resize_prints_every_modules_error_and_that_of_all(run: Run, file: Path, tmp_path: Path) -> None:
+    result = run("resize", file, tmp_path / "b.safetensors", "--rank", 2)
+    assert result.exit_code == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    shown = {line[2]: (float(line[0]), int(line[1])) for line in lines[1:3]}
+    assert {name.rsplit(".", 1)[1]: rank for name, (_, rank) in shown.items()} == {"to_q": 2, "to_k": 2}
+    for name, (error, _) in shown.items():
+        key = TO_Q if name.endswith("to_q") else TO_K
+        assert error == pytest.approx(error_between(file, tmp_path / "b.safetensors", key), rel=0.05)
+    assert "relative error of ΔW 0." in result.stdout.splitlines()[-1]
+
+
+def test_resize_keeps_the_format_and_says_in_the_header_what_was_done(run: Run, file: Path, tmp_path: Path) -> None:
+    assert run("resize", file, tmp_path / "b.safetensors", "--energy", 0.5).exit_code == 0
+    with safe_open(tmp_path / "b.safetensors", "pt") as opened:
+        assert f"{TO_Q}.lora_down.weight" in opened.keys()  # noqa: SIM118
+        step = json.loads(opened.metadata()["lora_loaders.history"])[-1]
+    assert (step["action"], step["energy"]) == ("resize", 0.5)
+
+
+@pytest.mark.parametrize("goal", [(), ("--rank", 0), ("--energy", 2), ("--energy", 0.5, "--error", 0.5)])
+def test_resize_refuses_a_goal_that_means_nothing(run: Run, file: Path, tmp_path: Path, goal: tuple[object]) -> None:
+    assert run("resize", file, tmp_path / "b.safetensors", *goal).exit_code == 2
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_resize_refuses_to_overwrite_without_force(run: Run, file: Path) -> None:
+    before = file.read_bytes()
+    result = run("resize", file, file, "--rank", 2)
+    assert (result.exit_code, file.read_bytes()) == (2, before)
+    assert "--force" in result.stderr
+    assert run("resize", file, file, "--rank", 2, "--force").exit_code == 0
+    assert len(load_file(file)[f"{TO_Q}.lora_down.weight"]) == 2
+
+
+# convert --as
+
+
+def test_convert_as_full_and_back_as_lora_keeps_the_change(run: Run, file: Path, tmp_path: Path) -> None:
+    full, back = tmp_path / "full.safetensors", tmp_path / "back.safetensors"
+    done = run("convert", file, full, "--format", "kohya", "--as", "full")
+    assert done.exit_code == 0, done.stderr
+    assert error_between(file, full, TO_Q) < 1e-6
+    done = run("convert", full, back, "--format", "kohya", "--as", "lora", "--rank", 8)
+    assert done.exit_code == 0, done.stderr
+    assert error_between(file, back, TO_Q) < 1e-5
+    assert "relative error of ΔW" in done.stdout
+
+
+def test_convert_as_lora_of_what_has_no_rank_asks_for_one(run: Run, file: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full.safetensors"
+    run("convert", file, full, "--format", "kohya", "--as", "full")
+    result = run("convert", full, tmp_path / "b.safetensors", "--format", "kohya", "--as", "lora")
+    assert result.exit_code == 2
+    assert "has no rank of its own" in result.stderr
+    assert "--rank" in result.stderr
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_rank_without_an_algebra_to_take_it_is_refused(run: Run, file: Path, tmp_path: Path) -> None:
+    assert run("convert", file, tmp_path / "b.safetensors", "--format", "kohya", "--rank", 2).exit_code == 2

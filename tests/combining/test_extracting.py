@@ -1,0 +1,192 @@
+"""Extraction: what was added to a model is found again, from every form that a model comes in."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lora_loaders as ll
+from lora_loaders.families.rules import flatten
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+Weights = dict[str, Tensor]
+# Diffusers' names of a few of SDXL's weights -> the published checkpoint's; the widths are its own, cut to one block.
+NAMES = {
+    f"{BLOCK}.attn1.to_q": "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+    f"{BLOCK}.attn2.to_k": "input_blocks.4.1.transformer_blocks.0.attn2.to_k",
+    "down_blocks.1.resnets.0.conv1": "input_blocks.4.0.in_layers.2",
+}
+SHAPES = {
+    f"{BLOCK}.attn1.to_q": (64, 64),
+    f"{BLOCK}.attn2.to_k": (64, 2048),
+    "down_blocks.1.resnets.0.conv1": (32, 16, 3, 3),
+}
+
+
+@pytest.fixture
+def base() -> Weights:
+    torch.manual_seed(0)
+    weights = {f"{path}.weight": torch.randn(shape) for path, shape in SHAPES.items()}
+    return {**weights, f"{BLOCK}.norm1.weight": torch.randn(64), "down_blocks.1.resnets.0.conv1.bias": torch.randn(32)}
+
+
+def change(path: str, rank: int = 3) -> Tensor:
+    shape = SHAPES[path]
+    generator = torch.Generator().manual_seed(len(path))
+    up = torch.randn(shape[0], rank, generator=generator)
+    return (up @ torch.randn(rank, torch.Size(shape[1:]).numel(), generator=generator)).view(shape)
+
+
+@pytest.fixture
+def tuned(base: Weights) -> Weights:
+    return {**base, **{f"{path}.weight": base[f"{path}.weight"] + change(path) for path in SHAPES}}
+
+
+def write_folder(folder: Path, weights: Weights, shards: int = 1) -> Path:
+    unet = folder / "unet"
+    unet.mkdir(parents=True)
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
+    )
+    config = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 2048, "addition_embed_type": "text_time"}
+    (unet / "config.json").write_text(json.dumps(config))
+    keys = list(weights)
+    names = [f"diffusion_pytorch_model-{i:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    if shards == 1:
+        save_file(weights, unet / "diffusion_pytorch_model.safetensors")
+        save_file({"x": torch.zeros(1)}, unet / "diffusion_pytorch_model.fp16.safetensors")
+        return folder
+    place = {key: names[index % shards] for index, key in enumerate(keys)}
+    for name in names:
+        save_file({key: weights[key] for key in keys if place[key] == name}, unet / name)
+    index = {"weight_map": place}
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_original(path: Path, weights: Weights) -> Path:
+    named: Weights = {"first_stage_model.encoder.conv_in.weight": torch.zeros(4, 4)}
+    for key, tensor in weights.items():
+        module, _, leaf = key.rpartition(".")
+        own = NAMES.get(module, module.replace(BLOCK, "input_blocks.4.1.transformer_blocks.0"))
+        named[f"model.diffusion_model.{own}.{leaf}"] = tensor
+    save_file(named, path)
+    return path
+
+
+def found(done: ll.Approximation) -> dict[str, Tensor]:
+    return {path: delta.delta_weight() for _, path, delta in done.adapter.modules()}
+
+
+def check(done: ll.Approximation) -> None:
+    assert done.adapter.components == {"unet": 3}
+    for path, made in found(done).items():
+        torch.testing.assert_close(made, change(path), rtol=1e-3, atol=1e-3)
+    assert done.error < 1e-3
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "model folder", "original", "mixed"])
+def test_what_was_added_is_found_in_every_form_of_a_model(
+    base: Weights, tuned: Weights, tmp_path: Path, form: str
+) -> None:
+    shards = 2 if form == "shards" else 1
+    new, old = write_folder(tmp_path / "tuned", tuned, shards), write_folder(tmp_path / "base", base, shards)
+    if form == "model folder":
+        new, old = new / "unet", old / "unet"
+    if form in ("original", "mixed"):
+        new = write_original(tmp_path / "tuned.safetensors", tuned)
+    if form == "original":
+        old = write_original(tmp_path / "base.safetensors", base)
+    done = ll.extract(new, old, rank=3, dtype=torch.float32)
+    check(done)
+    assert done.adapter.family == "sdxl"
+    path = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "kohya")
+    for part, module, delta in ll.read_adapter(path).modules():
+        torch.testing.assert_close(delta.delta_weight(), change(module), rtol=1e-3, atol=1e-3, msg=part)
+
+
+def test_a_fused_projection_is_found_in_its_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    key = "double_blocks.0.img_attn.qkv.weight"
+    others = {"double_blocks.0.img_attn.proj.weight": torch.randn(64, 64), "img_in.weight": torch.randn(64, 16)}
+    old, new = torch.randn(192, 64), torch.randn(192, 64)
+    save_file({key: old, **others}, tmp_path / "base.safetensors")
+    save_file({key: new, **others}, tmp_path / "tuned.safetensors")
+    done = ll.extract(
+        tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", algebra="full", dtype=torch.float32
+    )
+    parts = dict(zip(("to_q", "to_k", "to_v"), (new - old).chunk(3), strict=True))
+    assert {path.rsplit(".", 1)[1]: made.tolist() for path, made in found(done).items()} == {
+        name: part.tolist() for name, part in parts.items()
+    }
+
+
+def test_a_fused_and_a_plain_model_give_the_adapter_back() -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 16))
+
+    plain, fused = model(), model()
+    torch.manual_seed(1)
+    up, down = torch.randn(32, 4), torch.randn(4, 24)
+    ll.attach(fused)
+    fused.load_lora_adapter({"transformer.0.lora_A.weight": down, "transformer.0.lora_B.weight": up})  # type: ignore[operator]
+    fused.fuse_lora()  # type: ignore[operator]
+    done = ll.extract(fused, plain, error=1e-3, dtype=torch.float32)
+    assert list(found(done)) == ["0"]
+    assert done.fits["transformer.0"].rank == 4
+    torch.testing.assert_close(found(done)["0"], up @ down, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algebra", ["lora", "lokr", "full"])
+def test_the_stated_error_is_that_of_the_written_file(
+    base: Weights, tuned: Weights, tmp_path: Path, algebra: str
+) -> None:
+    new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
+    done = ll.extract(new, old, algebra=algebra, rank=2, factor=4)  # type: ignore[arg-type]
+    path = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "kohya")
+    for _, module, delta in ll.read_adapter(path).modules():
+        key = f"{module}.weight"
+        true = tuned[key] - base[key]
+        error = float((delta.delta_weight().view(true.shape) - true).norm() / true.norm())
+        assert done.fits[f"unet.{module}"].error == pytest.approx(error, rel=1e-4, abs=1e-6)
+    assert {flatten(type(d).__name__.lower()) for _, _, d in done.adapter.modules()} == {f"{algebra}delta"}
+
+
+def test_vectors_are_named_and_kept_only_on_demand(base: Weights, tuned: Weights, tmp_path: Path) -> None:
+    tuned[f"{BLOCK}.norm1.weight"] = base[f"{BLOCK}.norm1.weight"] + 1
+    tuned["down_blocks.1.resnets.0.conv1.bias"] = base["down_blocks.1.resnets.0.conv1.bias"] + 2
+    new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
+    done = ll.extract(new, old, rank=3)
+    assert set(done.left_out) == {f"unet.{BLOCK}.norm1", "unet.down_blocks.1.resnets.0.conv1 (bias)"}
+    kept = ll.extract(new, old, rank=3, vectors=True)
+    assert kept.left_out == {}
+    deltas = kept.adapter.deltas["unet"]
+    torch.testing.assert_close(deltas[f"{BLOCK}.norm1"].delta_weight(), torch.ones(64), rtol=1e-3, atol=1e-3)
+    bias = deltas["down_blocks.1.resnets.0.conv1"].delta_bias()
+    assert bias is not None
+    torch.testing.assert_close(bias.float(), torch.full((32,), 2.0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_module_of_another_shape_is_left_out_by_name(base: Weights, tuned: Weights, tmp_path: Path) -> None:
+    tuned["down_blocks.1.resnets.0.conv1.weight"] = torch.randn(32, 20, 3, 3)
+    new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
+    done = ll.extract(new, old, rank=3)
+    assert "(32, 20, 3, 3)" in done.left_out["unet.down_blocks.1.resnets.0.conv1"]
+    assert done.adapter.components == {"unet": 2}
+
+
+def test_two_equal_models_are_an_error(base: Weights, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "base", base)
+    with pytest.raises(ll.AdapterMismatchError, match="differ in no weight"):
+        ll.extract(folder, folder, rank=3)
+
+
+def test_a_lora_without_a_goal_and_a_folder_without_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ll.ConversionError, match="give a rank"):
+        ll.extract(tmp_path, tmp_path)
+    with pytest.raises(ll.AdapterFileError, match="no safetensors files"):
+        ll.extract(tmp_path, tmp_path, rank=1)

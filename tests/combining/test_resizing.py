@@ -1,0 +1,227 @@
+"""Resizing against torch.linalg.svd in float64: the optimum is reached, and the stated error is the true one."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from deltas.delta_cases import CASES, randn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lora_loaders as ll
+from lora_loaders.combining.approximating import as_full, as_lokr, as_lora
+from lora_loaders.combining.goals import Goal
+from lora_loaders.combining.truncating import of_matrix, of_product
+from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta
+
+UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+MATRICES = [name for name, case in CASES.items() if case.build().shape is not None and name != "modulation"]
+
+LOW_RANK = [name for name in MATRICES if not CASES[name].build().needs_base and CASES[name].build().factors()]
+
+
+def best_error(change: Tensor, rank: int) -> float:
+    """Eckart and Young: the root of the squared singular values that are left out, relative to all."""
+    sigma = torch.linalg.svdvals(change.double().flatten(1))
+    return float(sigma[rank:].norm() / sigma.norm())
+
+
+def error_of(change: Tensor, made: Tensor) -> float:
+    return float((made.double().reshape(change.shape) - change).norm() / change.norm())
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_every_algebra_reaches_the_optimum_of_its_formula(name: str, rank: int) -> None:
+    case = CASES[name]
+    change = case.expected()
+    made, fit = as_lora(case.build(), Goal(rank=rank), case.base)
+    assert isinstance(made, LoraDelta)
+    assert made.rank <= rank
+    best = best_error(change, made.rank)
+    error = error_of(change, made.delta_weight())
+    assert error == pytest.approx(best, rel=1e-2, abs=1e-6)
+    assert fit.error == pytest.approx(error, rel=1e-6, abs=1e-7)
+    assert fit.norm == pytest.approx(float(change.norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_algebra_in_full_is_its_formula(name: str) -> None:
+    case = CASES[name]
+    made, fit = as_full(case.build(), case.base)
+    assert isinstance(made, FullDelta)
+    torch.testing.assert_close(made.diff, case.expected().reshape(case.base.shape), rtol=1e-9, atol=1e-9)
+    assert fit.error < 1e-9
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_without_a_goal_a_low_rank_algebra_keeps_its_change(name: str) -> None:
+    case = CASES[name]
+    made, fit = as_lora(case.build(), Goal(), case.base)
+    torch.testing.assert_close(made.delta_weight(), case.expected().reshape(made.shape or ()), rtol=1e-9, atol=1e-9)
+    assert fit.error < 1e-7
+
+
+def test_dora_is_cut_with_its_base_weight_and_refused_without() -> None:
+    base, up, down = randn(12, 9), randn(12, 4), randn(4, 9)
+    dora = DoraDelta(inner=LoraDelta(up=up, down=down, alpha=4.0), magnitude=randn(12, 1).abs())
+    turned = base + up @ down
+    change = dora.magnitude / turned.norm(dim=1, keepdim=True) * turned - base
+    made, fit = as_lora(dora, Goal(rank=3), base)
+    assert error_of(change, made.delta_weight()) == pytest.approx(best_error(change, 3), rel=1e-6)
+    assert fit.error == pytest.approx(best_error(change, 3), rel=1e-6)
+    with pytest.raises(ll.ConversionError, match="depends on the weight"):
+        as_lora(dora, Goal(rank=3))
+
+
+def test_rank_scaling_and_biases_of_a_lora_are_kept_as_they_are_meant() -> None:
+    up_bias, bias = randn(12), randn(12)
+    delta = LoraDelta(up=randn(12, 8), down=randn(8, 9), up_bias=up_bias, bias=bias, alpha=2.0, rslora=True)
+    made, _ = as_lora(delta, Goal(rank=3))
+    assert isinstance(made, LoraDelta)
+    assert made.scaling == pytest.approx(2 / math.sqrt(8))
+    assert made.rslora
+    torch.testing.assert_close(made.delta_bias(), 2 / math.sqrt(8) * up_bias + bias)
+
+
+@pytest.mark.parametrize(("energy", "error"), [(0.9, None), (0.5, None), (None, 0.2), (None, 0.05)])
+@pytest.mark.parametrize("from_factors", [True, False])
+def test_the_smallest_rank_that_keeps_the_share_is_taken(
+    energy: float | None, error: float | None, from_factors: bool
+) -> None:
+    up, down = randn(200, 20) * torch.logspace(0, -2, 20, dtype=torch.float64), randn(20, 300)
+    goal = Goal(energy=energy, error=error)
+    pair = of_product(up, down, goal) if from_factors else of_matrix(up @ down, goal)
+    squares = torch.linalg.svdvals(up @ down).square()
+    share = energy if error is None else 1 - error**2
+    wanted = int((squares.cumsum(0) / squares.sum() < share).sum()) + 1
+    assert pair.up.shape[1] == wanted
+
+
+def test_the_rank_caps_the_share() -> None:
+    assert of_product(randn(30, 10), randn(10, 30), Goal(rank=2, energy=0.999)).up.shape[1] == 2
+
+
+SPECTRA = {
+    "flat": lambda i: torch.ones_like(i),
+    "slow": lambda i: i**-0.25,
+    "harmonic": lambda i: 1 / i,
+    "exponential": lambda i: torch.exp(-i / 10),
+    "cliff": lambda i: torch.where(i <= 20, 1.0, 1e-3),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(320, 400), (640, 320)])
+def test_a_sketch_reaches_the_optimum_within_a_hundredth(spectrum: str, shape: tuple[int, int]) -> None:
+    size = min(shape)
+    sigma = SPECTRA[spectrum](torch.arange(1, size + 1, dtype=torch.float64))
+    left, right = (torch.linalg.qr(randn(length, size)).Q for length in shape)
+    matrix = ((left * sigma) @ right.mT).float()
+    pair = of_matrix(matrix, Goal(rank=24))
+    error = float((matrix.double() - pair.up.double() @ pair.down.double()).norm())
+    assert float(sigma[24:].norm()) * (1 - 1e-3) <= error <= float(sigma[24:].norm()) * 1.01
+
+
+def test_a_kronecker_product_is_found_again() -> None:
+    w1, w2 = randn(4, 3), randn(6, 5, 3, 3)
+    change = torch.einsum("pq,mnij->pmqnij", w1, w2).reshape(24, 15, 3, 3)
+    made, fit = as_lokr(FullDelta(diff=change), Goal(), factor=4)
+    assert isinstance(made, LokrDelta)
+    assert fit.error < 1e-6
+    torch.testing.assert_close(made.delta_weight(), change, rtol=1e-6, atol=1e-6)
+
+
+def test_a_kronecker_product_is_the_nearest_one() -> None:
+    change = randn(12, 15)
+    made, fit = as_lokr(FullDelta(diff=change), Goal(), factor=3)
+    # Van Loan and Pitsianis: blocks as rows, and the first singular value is what one product can hold.
+    blocks = torch.stack([block.flatten() for row in change.chunk(3) for block in row.chunk(3, 1)])
+    sigma = torch.linalg.svdvals(blocks)
+    assert fit.error == pytest.approx(float(sigma[1:].norm() / sigma.norm()), rel=1e-6)
+    cut, _ = as_lokr(FullDelta(diff=change), Goal(rank=2), factor=3)
+    assert (made.rank, cut.rank) == (None, 2)
+    left, right = cut.tensors()["lokr_w2_a"], cut.tensors()["lokr_w2_b"]
+    whole = made.tensors()["lokr_w2"]
+    assert error_of(whole, left @ right) == pytest.approx(best_error(whole, 2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "goal", [{"rank": 0}, {"conv_rank": 0}, {"energy": 0}, {"energy": 1.1}, {"error": 1}, {"energy": 0.9, "error": 0.1}]
+)
+def test_goals_that_mean_nothing_are_refused(goal: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(goal))):
+        Goal(**goal)
+
+
+# Whole adapters
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tensors = {
+        f"{UNET}.attn1.to_q.lora_A.weight": torch.randn(16, 320),
+        f"{UNET}.attn1.to_q.lora_B.weight": torch.randn(320, 16),
+        "unet.down_blocks.0.resnets.0.conv1.lora_A.weight": torch.randn(8, 320, 3, 3),
+        "unet.down_blocks.0.resnets.0.conv1.lora_B.weight": torch.randn(320, 8, 1, 1),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", {"author": "me", "ss_network_dim": "16", "ss_network_alpha": "8"})
+    return tmp_path / "a.safetensors"
+
+
+def test_resized_file_is_written_whole_with_what_was_done(file: Path) -> None:
+    before = ll.read_adapter(file)
+    done = ll.resize(file, rank=4, conv_rank=2)
+    target = ll.write_adapter(done.adapter, file.parent / "b.safetensors", "kohya")
+    after = ll.read_adapter(target)
+    assert [delta.rank for _, _, delta in after.modules()] == [4, 2]
+    changes = [delta.delta_weight().double() for _, _, delta in before.modules()]
+    made = [delta.delta_weight().double() for _, _, delta in after.modules()]
+    errors = [error_of(change, new) for change, new in zip(changes, made, strict=True)]
+    assert errors == pytest.approx([best_error(c, r) for c, r in zip(changes, (4, 2), strict=True)], rel=1e-4)
+    assert [fit.error for fit in done.fits.values()] == pytest.approx(errors, rel=1e-4)
+    norms = [float(change.norm()) for change in changes]
+    whole = math.hypot(*(e * n for e, n in zip(errors, norms, strict=True))) / math.hypot(*norms)
+    assert done.error == pytest.approx(whole, rel=1e-4)
+    step = json.loads(after.metadata["lora_loaders.history"])[0]
+    assert (step["action"], step["rank"], step["conv_rank"], step["modules"]) == ("resize", 4, 2, 2)
+    assert step["relative_error"] == pytest.approx(whole, rel=1e-4)
+    assert step["from"][0]["name"] == "a.safetensors"
+    assert len(step["from"][0]["sha256"]) == 64
+    # The old header's rank is no longer true.
+    assert after.metadata["author"] == "me"
+    assert after.metadata.get("ss_network_dim") != "16"
+
+
+def test_a_second_step_is_added_to_the_history(file: Path) -> None:
+    done = ll.resize(ll.resize(file, rank=4).adapter, energy=0.5)
+    assert [step["action"] for step in json.loads(done.adapter.metadata["lora_loaders.history"])] == ["resize"] * 2
+
+
+def test_modules_that_need_weights_are_all_named_and_work_with_them() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(6, 8)})
+    loras = {path: LoraDelta(up=randn(8, 2), down=randn(2, 6)) for path in model}
+    doras = {path: DoraDelta(inner=lora, magnitude=randn(8, 1).abs()) for path, lora in loras.items()}
+    adapter = ll.Adapter({"transformer": doras})
+    with pytest.raises(ll.ConversionError, match="depends on the weight") as refused:
+        ll.resize(adapter, rank=2)
+    assert [problem.split(":")[0] for problem in refused.value.problems] == ["transformer.a", "transformer.b"]
+    done = ll.to_full(adapter, model=model)
+    for path, dora in doras.items():
+        wanted = dora.delta_weight(model[path].weight.detach())
+        torch.testing.assert_close(done.adapter.deltas["transformer"][path].delta_weight(), wanted)
+
+
+def test_a_change_without_a_rank_asks_for_a_goal() -> None:
+    adapter = ll.Adapter({"transformer": {"a": FullDelta(diff=randn(8, 6))}})
+    with pytest.raises(ll.ConversionError, match="has no rank of its own"):
+        ll.resize(adapter)
+
+
+def test_names_that_are_not_known_are_never_left_out_silently(file: Path) -> None:
+    name = "lora_unet_never_seen"
+    save_file({f"{name}.lora_down.weight": torch.zeros(2, 4), f"{name}.lora_up.weight": torch.zeros(4, 2)}, file)
+    with pytest.raises(ll.ConversionError, match="names that are not known"):
+        ll.resize(file, rank=1)
