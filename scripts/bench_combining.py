@@ -113,9 +113,7 @@ def extract(arguments: argparse.Namespace) -> None:
         write_pair(base, tuned)
     size = sum(delta.tensors()["diff"].numel() for _, _, delta in open_checkpoint(base).weights.modules())
     start = time.perf_counter()
-    done = ll.extract(
-        tuned, base, algebra=arguments.algebra, rank=arguments.new_rank, energy=arguments.energy
-    )
+    done = ll.extract(tuned, base, algebra=arguments.algebra, rank=arguments.new_rank, energy=arguments.energy)
     middle = time.perf_counter()
     target = ll.write_adapter(done.adapter, folder / f"{arguments.algebra}.safetensors", "kohya")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -148,4 +148,3 @@ def _check(found: _Extraction, new: Checkpoint, old: Checkpoint) -> None:
         mend="Are they two versions of one model? A lone model's component can be named with component=….",
         state=UNTOUCHED,
     )
-
