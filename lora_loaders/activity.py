@@ -9,12 +9,14 @@ from torch import nn
 from .attaching import RESERVED_RANK, detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
+from .gates import exclusive
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of
 from .loading import adapter_names, unregister
 from .weights import by_path, one_each
 
 
+@exclusive()
 def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> None:
     """Make these adapters the active ones, with these weights, and enable them; see `weights.by_path`.
 
@@ -36,6 +38,7 @@ def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> N
     refresh(layer for _, layer in layers)
 
 
+@exclusive()
 def choose(model: nn.Module, names: Sequence[str]) -> None:
     """Make these adapters the active ones with the weights they have, and enable them."""
     for _, layer in adapter_layers(model):
@@ -52,6 +55,7 @@ def active_names(model: nn.Module) -> list[str]:
     ]
 
 
+@exclusive()
 def enable(model: nn.Module, enabled: bool) -> None:
     """Switch the adapters' contribution on or off; what is fused stays in the weights."""
     shared = shared_of(model)
@@ -104,6 +108,7 @@ def require(names: Iterable[str], present: Iterable[str]) -> None:
         )
 
 
+@exclusive()
 def delete(model: nn.Module, names: Sequence[str]) -> None:
     """Take adapters out for good; those that are fused are unfused first, and a layer without any goes."""
     fused = [name for name in names if name in fused_adapters(model)]
@@ -114,6 +119,7 @@ def delete(model: nn.Module, names: Sequence[str]) -> None:
     detach_adapters(model, names)
 
 
+@exclusive()
 def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
     """Take all adapters out.
 
@@ -139,6 +145,7 @@ def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
     delete(model, adapter_names(model))
 
 
+@exclusive()
 def move(model: nn.Module, names: Sequence[str], device: torch.device | str | int) -> None:
     """Put these adapters' parameters on a device; the forward fetches them if the base is elsewhere."""
     target = torch.device(device)
@@ -150,6 +157,7 @@ def move(model: nn.Module, names: Sequence[str], device: torch.device | str | in
     refresh(layer for _, layer in adapter_layers(model))
 
 
+@exclusive()
 def reserve(model: nn.Module, rank: int) -> None:
     """Give every slot, of present and of coming layers, room for this rank, so that swapping finds the same storage."""
     model.__dict__[RESERVED_RANK] = rank
@@ -164,6 +172,7 @@ def snapshot(model: nn.Module) -> list[tuple[tuple[str, ...], dict[str, float], 
     return [(layer.active, dict(layer.weights), layer.shared.enabled) for _, layer in adapter_layers(model)]
 
 
+@exclusive()
 def restore(model: nn.Module, state: Sequence[tuple[tuple[str, ...], dict[str, float], bool]]) -> None:
     """Take activity and weights back to a snapshot."""
     layers = [layer for _, layer in adapter_layers(model)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import BufferMover
 from .deltas import Delta
 from .errors import AdapterStateError
+from .gates import changing, exclusive
 from .layers.base_weight import adapter_device, adapter_dtype
 from .layers.kinds import PARAMETER
 from .layers.layer import AdapterLayer
@@ -91,6 +92,11 @@ def apply(
             mend="Leave them out of the adapter that is trained.",
             state="The model was not changed.",
         )
+    with changing(plan.models.values(), reads_bases=plan.needs_bases):
+        _apply(plan, name, activate, requires_grad, dropout)
+
+
+def _apply(plan: AttachPlan, name: str, activate: bool, requires_grad: bool, dropout: float) -> None:
     undo = _Undo()
     try:
         touched = {component: _shared_for(plan.models[component]) for component in plan.components}
@@ -183,6 +189,7 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
     return targets
 
 
+@exclusive()
 def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Take adapters out; a layer that is left with none goes, and the module that stood there returns.
 
@@ -210,15 +217,16 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 def without_layers(model: nn.Module) -> Generator[None]:
     """The model as if no adapter layer were there, for as long as the block lasts (saving plain keys)."""
     taken: list[tuple[nn.Module, str, AdapterLayer]] = []
-    try:
-        for path, layer in adapter_layers(model):
-            parent_path, _, child = path.rpartition(".")
-            parent = submodule_at(model, parent_path) if parent_path else model
-            assert parent is not None
-            uninstall(parent, child, layer)
-            taken.append((parent, child, layer))
-        yield
-    finally:
-        for parent, child, layer in taken:
-            install(parent, child, layer)
-        refresh(layer for _, _, layer in taken if isinstance(layer, ParameterLayer))
+    with changing([model], reads_bases=True):
+        try:
+            for path, layer in adapter_layers(model):
+                parent_path, _, child = path.rpartition(".")
+                parent = submodule_at(model, parent_path) if parent_path else model
+                assert parent is not None
+                uninstall(parent, child, layer)
+                taken.append((parent, child, layer))
+            yield
+        finally:
+            for parent, child, layer in taken:
+                install(parent, child, layer)
+            refresh(layer for _, _, layer in taken if isinstance(layer, ParameterLayer))

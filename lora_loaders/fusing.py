@@ -19,8 +19,11 @@ from .deltas import Delta, Factors
 from .deltas.base import computing
 from .errors import AdapterStateError, UnsupportedBaseError
 from .fuse_report import FuseReport, fuse_report
+from .gates import changing, exclusive
 from .layers.base_weight import BITS, Record, adapter_dtype, is_plain, read_original, read_weight, restore, rewrite
+from .layers.held import held, is_out_of_reach
 from .layers.layer import AdapterLayer
+from .layers.quantised import unsupported
 from .layers.slots import refresh
 from .layout import adapter_layers
 
@@ -123,6 +126,7 @@ def fused_adapters(model: nn.Module) -> set[str]:
     return {name for _, layer in adapter_layers(model) if layer.fused is not None for name in layer.fused.coefficients}
 
 
+@exclusive(reads_bases=True)
 def fuse(
     model: nn.Module, names: Sequence[str] | None = None, *, lora_scale: float = 1.0, safe_fusing: bool = False
 ) -> FuseReport:
@@ -154,6 +158,7 @@ def fuse(
     return report
 
 
+@exclusive(reads_bases=True)
 def unfuse(model: nn.Module, names: Sequence[str] | None = None) -> None:
     """Take adapters out of the base weights, every bit as it was; what else is fused stays.
 
@@ -186,13 +191,14 @@ def fused_state(model: nn.Module) -> FusedState:
 @contextmanager
 def all_or_none(models: Iterable[nn.Module]) -> Generator[None]:
     """After any exception in the block, what was fused into the models before is fused again, to the bit."""
-    before = [fused_state(model) for model in models]
-    try:
-        yield
-    except BaseException:
-        for state in before:
-            _rewrite(state, safe_fusing=False)
-        raise
+    with changing(models := list(models), reads_bases=True):
+        before = [fused_state(model) for model in models]
+        try:
+            yield
+        except BaseException:
+            for state in before:
+                _rewrite(state, safe_fusing=False)
+            raise
 
 
 def unfuse_all(models: Iterable[nn.Module], names: Sequence[str] | None = None) -> None:
@@ -249,11 +255,13 @@ def _set_fused(layer: AdapterLayer, coefficients: Mapping[str, float], safe_fusi
     if not coefficients:
         return _nothing
     base = layer.base_layer
+    if is_out_of_reach(base, "weight"):
+        raise unsupported(base, "is kept in a file by accelerate, or has no data: fuse before it is offloaded")
     weight = read_weight(base)
     deltas = [(layer.delta(name), coefficient) for name, coefficient in coefficients.items()]
     change = _change(layer, deltas, weight)
     bias = _new_bias(base, deltas)
-    present: Any = getattr(base, "bias", None)
+    present = held(base, "bias")
     quantised = not is_plain(base)
     original = None if change is None or quantised else weight.clone()
     kept = None if bias is None or present is None else present.detach().clone()
@@ -354,8 +362,10 @@ def _new_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> Tensor 
             mend="Use the adapter unfused.",
             state="Nothing was fused.",
         )
-    weight: Any = base.weight
-    present: Any = base.bias
+    weight = held(base, "weight")
+    present = held(base, "bias")
+    if present is None and weight is not base.weight:
+        raise unsupported(base, "is offloaded leaf by leaf and has no bias to fuse the adapter's into")
     start = torch.zeros((), device=weight.device) if present is None else computing(present.detach())
     total = sum((computing(bias.detach()) * c for bias, c in changes), start)
     return total.to(adapter_dtype(base) if present is None else present.dtype)
@@ -374,7 +384,7 @@ def _restore(layer: AdapterLayer) -> None:
         if original is not weight:
             weight.copy_(original)
     if fused.bias is not None:
-        base.bias.data.copy_(fused.bias)
+        held(base, "bias").data.copy_(fused.bias)
     elif not fused.had_bias and getattr(base, "bias", None) is not None:
         base.register_parameter("bias", None)
     layer.fused = None

@@ -16,6 +16,8 @@ from .families import FAMILIES, Family
 from .files import Contents
 from .formats import NO_SUFFIX, read_modules
 from .fusing import fused_adapters
+from .gates import changing, unwatch_forwards, versions, watch_forwards
+from .integrations.equipping import is_equipped
 from .integrations.scale import unwatch_scale, watch_scale
 from .layout import ModelLayout, adapter_layers, shared_of
 from .plans import AttachPlan, plan_adapter
@@ -113,20 +115,25 @@ def load(
         AdapterMismatchError: nothing fits, a shape is wrong, or, if strict, something has no place.
         AdapterStateError: the name is taken, or for `hotswap`, is not there.
     """
-    present = {name for model in models.values() for name in adapter_names(model)}
-    chosen = _check_name(name, present, hotswap)
+    chosen = _check_name(name, models, hotswap)
     _check_foreign(models)
     if isinstance(contents, Contents) and family is not None:
         _check_family(models, contents, family, chosen)
+    seen = versions(models.values())
     plan = plan_contents(models, contents, family, may_widen=may_widen)
     _check_plan(plan, chosen, family, contents, strict)
-    configs = {component: config_of(plan.adapter, component) for component in plan.components}
-    if hotswap:
-        _swap(plan, models, chosen)
-    else:
-        apply(plan, chosen)
-    for component, config in configs.items():
-        register(models[component], chosen, config)
+    with changing(models.values(), reads_bases=plan.needs_bases):
+        if versions(models.values()) != seen:  # another thread changed them while this one planned
+            chosen = _check_name(name, models, hotswap)
+            plan = plan_contents(models, contents, family, may_widen=may_widen)
+            _check_plan(plan, chosen, family, contents, strict)
+        configs = {component: config_of(plan.adapter, component) for component in plan.components}
+        if hotswap:
+            _swap(plan, models, chosen)
+        else:
+            apply(plan, chosen)
+        for component, config in configs.items():
+            register(models[component], chosen, config)
     _tell(plan, chosen)
     embeddings = tuple(plan.adapter.embeddings)
     return LoadReport(chosen, plan.family, plan.format, plan.components, plan.unmatched, plan.ignored, embeddings)
@@ -137,6 +144,7 @@ def register(model: nn.Module, name: str, config: LoraConfig) -> None:
     model.__dict__.setdefault("peft_config", {})[name] = config
     model.__dict__["_hf_peft_config_loaded"] = True
     watch_scale(model)
+    watch_forwards(model)
 
 
 def unregister(model: nn.Module, name: str) -> None:
@@ -147,6 +155,8 @@ def unregister(model: nn.Module, name: str) -> None:
         return
     model.__dict__.pop("peft_config", None)
     model.__dict__.pop("_hf_peft_config_loaded", None)
+    if not is_equipped(model):
+        unwatch_forwards(model)
     shared = shared_of(model)
     if shared is not None:
         unwatch_scale(model)
@@ -161,7 +171,8 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(configs)
 
 
-def _check_name(name: str | None, present: set[str], hotswap: bool) -> str:
+def _check_name(name: str | None, models: Mapping[str, nn.Module], hotswap: bool) -> str:
+    present = {name for model in models.values() for name in adapter_names(model)}
     if name is None:
         return next(f"default_{n}" for n in range(len(present) + 1) if f"default_{n}" not in present)
     if hotswap and name not in present:

@@ -63,6 +63,11 @@ class AttachPlan:
         return counts
 
     @property
+    def needs_bases(self) -> bool:
+        """Whether a change is computed from the weight that it changes."""
+        return any(binding.delta.needs_base for binding in self.bindings)
+
+    @property
     def family(self) -> str | None:
         """The adapter's family."""
         return self.adapter.family

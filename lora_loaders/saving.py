@@ -8,6 +8,7 @@ from .adapter import Adapter
 from .deltas import Delta
 from .errors import AdapterStateError
 from .families import Family
+from .gates import changing
 from .layout import adapter_layers
 from .loading import adapter_names
 from .tuning.config import LoraConfig
@@ -37,10 +38,11 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
     metadata: dict[str, str] = {}
     own_family = family.name if family else None
     for component, model in models.items():
-        found = {path: layer.delta(chosen) for path, layer in adapter_layers(model) if chosen in layer.templates}
-        if not found:
-            continue
-        copied = {path: delta.map_tensors(lambda tensor: tensor.detach().clone()) for path, delta in found.items()}
+        with changing([model]):
+            found = {path: layer.delta(chosen) for path, layer in adapter_layers(model) if chosen in layer.templates}
+            if not found:
+                continue
+            copied = {path: delta.map_tensors(lambda tensor: tensor.detach().clone()) for path, delta in found.items()}
         deltas[component] = {
             family.file_path(component, path) if family else path: delta for path, delta in copied.items()
         }

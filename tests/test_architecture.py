@@ -36,9 +36,11 @@ BELOW: dict[str, set[str]] = {
     "layout": LIVE,
     "widening": LIVE | {"layout"},
     "plans": LIVE | {"layout", "widening"},
-    "attaching": LIVE | {"layout", "plans", "widening"},
+    "offloading": LIVE | {"layout"},
+    "gates": LIVE | {"layout", "offloading"},
+    "attaching": LIVE | {"gates", "layout", "plans", "widening"},
     "fuse_report": LIVE,
-    "fusing": LIVE | {"attaching", "fuse_report", "layout", "plans", "widening"},
+    "fusing": LIVE | {"attaching", "fuse_report", "gates", "layout", "plans", "widening"},
 }
 # A layer that is written to tells its slots, which are built on layers: imported when it happens.
 LATE = [("layers/layer.py", "layers/slots.py")]

@@ -125,7 +125,9 @@ def test_models_pickle_and_copy(state: str) -> None:
             if state != "plain":
                 twin.unfuse_lora()
                 twin.delete_adapters("a")
-                assert not twin._forward_pre_hooks
+                assert (
+                    len(twin._forward_pre_hooks) == 1
+                )  # the gate of an attached model, and nothing that reads a scale
     assert torch.equal(pipe.unet(*arguments).sample, wanted)
 
 

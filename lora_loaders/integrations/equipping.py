@@ -17,6 +17,11 @@ def unequip(instance: Any) -> None:
         instance.__class__ = plain
 
 
+def is_equipped(instance: Any) -> bool:
+    """Whether `equip` gave this instance its class."""
+    return "_lora_plain_class" in vars(type(instance))
+
+
 @cache
 def _equipped(cls: type, mixin: type) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -7,6 +7,7 @@ from torch import nn
 from lora_loaders.activity import unload
 from lora_loaders.attaching import RESERVED_RANK
 from lora_loaders.fusing import fused_adapters, unfuse_all
+from lora_loaders.gates import unwatch_forwards, watch_forwards
 from lora_loaders.loading import adapter_names
 from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraPipelineMixin
@@ -27,10 +28,12 @@ def attach(target: T) -> T:
     """
     if isinstance(target, nn.Module):
         equip(target, LoraModelMixin)
+        watch_forwards(target)
         return target
     equip(target, LoraPipelineMixin)
     for model in target.lora_components.values():  # type: ignore[attr-defined]
         equip(model, LoraModelMixin)
+        watch_forwards(model)
     return target
 
 
@@ -49,5 +52,7 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
             unload(model, keep_fused=keep_fused)
     for instance in (*models, target):
         instance.__dict__.pop(RESERVED_RANK, None)
+        if isinstance(instance, nn.Module):
+            unwatch_forwards(instance)
         unequip(instance)
     return target

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_loaders.errors import AdapterStateError
 
+from .held import held
 from .quantised import STORED_ONLY, Stored, scheme_of
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,9 +40,7 @@ def read_weight(base: nn.Module) -> Tensor:
         UnsupportedBaseError: it is stored in no known way.
     """
     if is_plain(base):
-        weight = base.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return held(base, "weight").detach()
     scheme = scheme_of(base)
     return scheme.dequantise(base, scheme.stored(base))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_loaders.deltas import Delta, Factors
 
 from .base_weight import logical_shape, read_weight
+from .held import held
 from .kinds import LINEAR, Kind
 from .places import Factor, is_transposed, place_of
 from .shared import Shared
@@ -137,8 +138,17 @@ class AdapterLayer(nn.Module):
         for slot in template.tensors():
             container, leaf = place_of(template, slot)
             entries: Any = self._modules[container]
-            tensors[slot] = entries._modules[name]._parameters[leaf] if leaf else entries[name]
+            tensor = entries._modules[name]._parameters[leaf] if leaf else entries[name]
+            if tensor.is_meta:
+                tensor = held(entries._modules[name], leaf) if leaf else held(entries, name)
+            tensors[slot] = tensor
         return tensors
+
+    def own_tensors(self) -> list[Tensor]:
+        """All parameters and buffers but the base layer's."""
+        modules = [module for name, module in self._modules.items() if name != "base_layer" and module is not None]
+        slots = [tensor for tensor in self._buffers.values() if tensor is not None]
+        return [*slots, *(parameter for module in modules for parameter in module.parameters())]
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
         container = self._modules.get(name)
@@ -380,7 +390,8 @@ class AdapterLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "_modules") or name.startswith(("lora_", "slot_")):
+            # Hooks keep their state in private names: the base layer's are not this layer's.
+            if name == "base_layer" or name.startswith(("_", "lora_", "slot_")):
                 raise
             return getattr(self.base_layer, name)
 

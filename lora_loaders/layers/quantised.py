@@ -50,6 +50,8 @@ def scheme_of(base: nn.Module) -> Scheme:
         UnsupportedBaseError: none is known.
     """
     weight: Any = base.weight
+    if weight.is_meta:
+        raise unsupported(base, "is not at hand: accelerate offloads it leaf by leaf, or it has no data at all")
     for scheme in SCHEMES:
         if scheme.holds(weight):
             return scheme

@@ -10,6 +10,7 @@ from lora_loaders.deltas import Delta, Factors
 from lora_loaders.deltas.base import computing
 
 from .base_weight import adapter_device, adapter_dtype, logical_shape
+from .held import held
 from .layer import AdapterLayer
 from .parameter import ParameterLayer
 
@@ -124,9 +125,10 @@ def _write_rest(
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
     bias = _total([(delta.delta_bias(), weight) for delta, weight in contributing])
-    if out_gain is not None and layer.bias is not None:
+    own_bias = held(layer.base_layer, "bias")
+    if out_gain is not None and own_bias is not None:
         # (1 + gain) multiplies the base's whole output; the bias is no part of the weight and is taken out again.
-        correction = -out_gain * computing(layer.bias.detach())
+        correction = -out_gain * computing(own_bias.detach())
         bias = correction if bias is None else bias + correction
     weight = None
     if any(delta.shape is not None for delta, _ in dense):

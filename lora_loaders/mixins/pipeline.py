@@ -4,7 +4,8 @@ import inspect
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
+from lora_loaders.gates import changing
 from lora_loaders.integrations.equipping import equip
 from lora_loaders.integrations.scale import set_scale
 from lora_loaders.layout import adapter_layers, shared_of
@@ -28,6 +30,20 @@ from .pipeline_saving import SavingMixin, hub_options
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 BESIDE = ("transformer_2", "transformer_ref", "connectors", "text_conditioner")
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _at_once(method: Method) -> Method:
+    """A method that changes several components: other threads see it done in all of them, or in none."""
+
+    @wraps(method)
+    def run(self: "LoraPipelineMixin", *args: Any, **kwargs: Any) -> Any:
+        with changing(self.lora_components.values()):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
@@ -123,6 +139,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
 
     # Switching
 
+    @_at_once
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Make these adapters the only active ones of every component, and enable them.
 
@@ -148,16 +165,19 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
                 activity.restore(model, snapshots[name])
             raise
 
+    @_at_once
     def enable_lora(self) -> None:
         """Let the active adapters of every component speak again."""
         for model in self.lora_components.values():
             activity.enable(model, True)
 
+    @_at_once
     def disable_lora(self) -> None:
         """Let the base models alone speak; what is fused stays in the weights."""
         for model in self.lora_components.values():
             activity.enable(model, False)
 
+    @_at_once
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take adapters out of every component for good; fused ones are unfused first.
 
@@ -169,6 +189,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         for model in self._adapted():
             activity.delete(model, names)
 
+    @_at_once
     def unload_lora_weights(self, reset_to_overwritten_params: bool = True, *, keep_fused: bool | None = None) -> None:
         """Take all adapters out of every component; widened input layers become narrow again.
 
@@ -200,12 +221,14 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     def _adapted(self) -> list[nn.Module]:
         return [model for model in self.lora_components.values() if adapter_names(model)]
 
+    @_at_once
     def set_lora_device(self, adapter_names: Sequence[str], device: torch.device | str | int) -> None:
         """Put these adapters' parameters on a device, to park them on the CPU or bring them back."""
         names = self._present(adapter_names)
         for model in self._adapted():
             activity.move(model, names, device)
 
+    @_at_once
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Give every adapted layer, present or coming, room for this rank, so that swapping finds the same storage."""
         for model in self.lora_components.values():
@@ -213,6 +236,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
 
     # Fusing
 
+    @_at_once
     def fuse_lora(
         self,
         components: Sequence[str] | None = None,
@@ -245,6 +269,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     def _names(model: nn.Module) -> list[str]:
         return adapter_names(model)
 
+    @_at_once
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Give the base weights back, to the bit, in all of these components or in none.
 

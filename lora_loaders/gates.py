@@ -1,0 +1,161 @@
+"""One gate a model: a forward sees the adapters before a change or after it, and changes come one after the other.
+
+A reader-writer lock in the forward's hooks, and not a published copy: what a forward reads are the slots' tensors; they
+are written in place so that compiled graphs never recompile, and a second set of them would double their memory. A
+forward waits only while a change is being applied; planning happens outside. No lock is stored in the model, so that it
+pickles and copies as before. Compiled code cannot wait: hooks of a compiled model itself see this, those that are
+traced into a graph do nothing.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .offloading import in_step
+
+
+class Gate:
+    """Many forwards or one change at a time; a thread may run forwards in its change, and change in its forward."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._forwards: dict[int, int] = {}
+        self._changer: int | None = None
+        self._depth = 0
+        self._waiting = 0
+        self.has_bases = False
+        """Whether a change is under way for which weights that are kept on disk were read into memory."""
+        self.version = 0
+        """How many changes there were; what was planned before another one is planned again."""
+
+    def enter_forward(self, is_watched: Callable[[], bool]) -> None:
+        """Wait for changes by other threads, those that wait too, and hold further ones back."""
+        me = threading.get_ident()
+        with self._condition:
+            if self._changer != me and me not in self._forwards:
+                self._condition.wait_for(lambda: self._changer is None and not self._waiting)
+            if is_watched():
+                self._forwards[me] = self._forwards.get(me, 0) + 1
+
+    def leave_forward(self) -> None:
+        """The forward is over, or failed."""
+        me = threading.get_ident()
+        with self._condition:
+            depth = self._forwards.get(me, 0)
+            if depth > 1:
+                self._forwards[me] = depth - 1
+            else:
+                self._forwards.pop(me, None)
+                self._condition.notify_all()
+
+    def enter_change(self) -> None:
+        """Wait until no other thread changes the model or runs it."""
+        me = threading.get_ident()
+        with self._condition:
+            if self._changer != me:
+                self._waiting += 1
+                try:
+                    self._condition.wait_for(lambda: self._changer is None and not self._forwards.keys() - {me})
+                finally:
+                    self._waiting -= 1
+                    self._condition.notify_all()
+                self._changer = me
+            self._depth += 1
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether the change that was entered last is not within another."""
+        return self._depth == 1
+
+    def leave_change(self) -> None:
+        """The change is complete, or undone."""
+        with self._condition:
+            self._depth -= 1
+            if self._depth == 0:
+                self._changer = None
+                self.version += 1
+                self._condition.notify_all()
+
+
+_GATES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def gate_of(model: nn.Module) -> Gate:
+    """The model's gate; a compiled model shares that of the model it was made from."""
+    own = getattr(model, "_orig_mod", model)
+    with _MAKING:
+        return _GATES.setdefault(own, Gate())
+
+
+@contextmanager
+def changing(models: Iterable[nn.Module], *, reads_bases: bool = False) -> Generator[None]:
+    """The only change of these models while the block lasts, with no forward of them under way; see `in_step`."""
+    with ExitStack() as stack:
+        # In one order everywhere, so that two changes of the same two models never wait for each other.
+        for model in sorted({id(model): model for model in models}.values(), key=id):
+            gate = gate_of(model)
+            gate.enter_change()
+            stack.callback(gate.leave_change)
+            if gate.is_outermost or (reads_bases and not gate.has_bases):
+                stack.callback(setattr, gate, "has_bases", gate.has_bases)
+                gate.has_bases = stack.enter_context(in_step(model, reads_bases=reads_bases))
+        yield
+
+
+def versions(models: Iterable[nn.Module]) -> list[int]:
+    """How often each model was changed so far."""
+    return [gate_of(model).version for model in models]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def exclusive(*, reads_bases: bool = False) -> Callable[[Method], Method]:
+    """Make a function of a model, its first argument, the only change while it runs; see `changing`."""
+
+    def wrap(function: Method) -> Method:
+        @wraps(function)
+        def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with changing([model], reads_bases=reads_bases):
+                return function(model, *args, **kwargs)
+
+        return cast(Method, run)
+
+    return wrap
+
+
+HOOKS = "_lora_gate_hooks"
+"""Where a model keeps the handles of its gate's hooks."""
+
+
+def watch_forwards(model: nn.Module) -> None:
+    """Lead each forward of this model through its gate; does nothing where that is done."""
+    if HOOKS not in vars(model):
+        vars(model)[HOOKS] = [
+            model.register_forward_pre_hook(_enter, prepend=True),
+            model.register_forward_hook(_leave, always_call=True),
+        ]
+
+
+def unwatch_forwards(model: nn.Module) -> None:
+    """Take the hooks away again."""
+    for hook in vars(model).pop(HOOKS, ()):
+        hook.remove()
+
+
+def _enter(model: nn.Module, args: object) -> None:
+    if not torch.compiler.is_compiling():
+        # The last adapter may have gone while this forward waited, and the hook that would end it with it.
+        gate_of(model).enter_forward(lambda: HOOKS in vars(model))
+
+
+def _leave(model: nn.Module, args: object, output: object) -> None:
+    if not torch.compiler.is_compiling():
+        gate_of(model).leave_forward()
