@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .layers.layer import AdapterLayer
+from .layers.parameter import ParameterLayer
 from .layout import adapter_layers
 
 Group = tuple[nn.Module, Any]
@@ -68,7 +69,10 @@ def in_step(model: nn.Module, *, reads_bases: bool) -> Generator[bool]:
 
 
 def _need_bases(model: nn.Module) -> bool:
-    return any(delta.needs_base for _, layer in adapter_layers(model) for delta in layer.templates.values())
+    return any(
+        isinstance(layer, ParameterLayer) or any(delta.needs_base for delta in layer.templates.values())
+        for _, layer in adapter_layers(model)
+    )
 
 
 def _tensors(group: Any) -> list[Tensor]:
@@ -99,8 +103,10 @@ def _slots(module: nn.Module) -> list[Tensor]:
 
 def _take_out(group: Any, model: nn.Module) -> None:
     """Bring adapters' tensors back from a group's file, for good: they are small, and are read at every switch."""
-    tensors = {id(t) for _, layer in adapter_layers(model) for t in layer.own_tensors()}
-    ours = [tensor for tensor in group.tensor_to_key if id(tensor) in tensors]
+    layers = [layer for _, layer in adapter_layers(model)]
+    bases = {id(t) for layer in layers for t in (*layer.base_layer.parameters(), *layer.base_layer.buffers())}
+    own = {id(t) for layer in layers for t in (*layer.parameters(), *layer.buffers())} - bases
+    ours = [tensor for tensor in group.tensor_to_key if id(tensor) in own]
     values = load_file(group.safetensors_file_path) if ours else {}
     for tensor in ours:
         key = group.tensor_to_key.pop(tensor)

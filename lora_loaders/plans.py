@@ -64,8 +64,8 @@ class AttachPlan:
 
     @property
     def needs_bases(self) -> bool:
-        """Whether a change is computed from the weight that it changes."""
-        return any(binding.delta.needs_base for binding in self.bindings)
+        """Whether a change is computed from the weight that it changes, or written into it at once."""
+        return any(binding.delta.needs_base or binding.kind is PARAMETER for binding in self.bindings)
 
     @property
     def family(self) -> str | None:

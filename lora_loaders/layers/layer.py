@@ -144,12 +144,6 @@ class AdapterLayer(nn.Module):
             tensors[slot] = tensor
         return tensors
 
-    def own_tensors(self) -> list[Tensor]:
-        """All parameters and buffers but the base layer's."""
-        modules = [module for name, module in self._modules.items() if name != "base_layer" and module is not None]
-        slots = [tensor for tensor in self._buffers.values() if tensor is not None]
-        return [*slots, *(parameter for module in modules for parameter in module.parameters())]
-
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
         container = self._modules.get(name)
         if container is None:

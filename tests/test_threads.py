@@ -1,0 +1,235 @@
+"""Threads: changes come one after the other, and a forward sees what was active before a change or after it."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import adapter_file, components_of, flux, pipeline
+from torch import Tensor, nn
+
+import lora_loaders as ll
+from lora_loaders.errors import AdapterStateError
+from lora_loaders.gates import Gate, changing, gate_of
+from lora_loaders.layers.layer import AdapterLayer
+
+WAIT = 30.0
+"""Seconds after which a test says that threads wait for each other for ever."""
+
+
+def together(*tasks: Callable[[], Any]) -> None:
+    """Run the tasks at the same time, from a common start; the first error of any is raised."""
+    start = threading.Barrier(len(tasks))
+    errors: list[BaseException] = []
+
+    def run(task: Callable[[], Any]) -> None:
+        start.wait(WAIT)
+        try:
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert not any(thread.is_alive() for thread in threads), "threads wait for each other"
+    if errors:
+        raise errors[0]
+
+
+class Slow(nn.Module):
+    """Layers that stop between one and the next until they are told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between: Callable[[], None] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(x)
+        self.between()
+        return self.late(x)
+
+
+def slow() -> Any:
+    torch.manual_seed(0)
+    return ll.attach(Slow().requires_grad_(False))
+
+
+def change_of(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    keys = [f"{path}.lora_{side}.weight" for path in ("early", "late") for side in "AB"]
+    return {key: torch.randn(2, 4) if "lora_A" in key else torch.randn(4, 2) for key in keys}
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "load": lambda m: m.load_lora_adapter(change_of(3), adapter_name="c", prefix=None),
+    "set": lambda m: m.set_adapters("b"),
+    "weight": lambda m: m.set_adapters("a", 0.25),
+    "swap": lambda m: m.load_lora_adapter(change_of(4), adapter_name="a", prefix=None, hotswap=True),
+    "disable": lambda m: m.disable_lora(),
+    "fuse": lambda m: m.fuse_lora(lora_scale=2.0),
+    "delete": lambda m: m.delete_adapters("a"),
+    "unload": lambda m: m.unload_lora(),
+    "first load": lambda m: m.load_lora_adapter(change_of(3), adapter_name="c", prefix=None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_forward_sees_the_adapters_before_a_change_or_after_it_and_no_mixture(change: str) -> None:
+    model = slow()
+    if change != "first load":
+        for seed, name in enumerate("ab"):
+            model.load_lora_adapter(change_of(seed), adapter_name=name, prefix=None)
+        model.set_adapters("a")
+    x = torch.randn(3, 4)
+    old = model(x)
+    entered, changed = threading.Event(), threading.Event()
+    seen: list[Tensor] = []
+
+    def stop_once() -> None:
+        model.between = lambda: None
+        entered.set()
+        # The change must wait for this forward: it is not done however long that takes.
+        assert not changed.wait(0.2)
+
+    model.between = stop_once
+
+    def generate() -> None:
+        seen.append(model(x))
+
+    def switch() -> None:
+        entered.wait(WAIT)
+        CHANGES[change](model)
+        changed.set()
+
+    together(generate, switch)
+
+    assert torch.equal(seen[0], old)
+    new = model(x)
+    assert not torch.equal(new, old)
+
+
+def test_a_forward_that_comes_during_a_change_waits_and_sees_all_of_it() -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    x = torch.randn(3, 4)
+    inside, seen = threading.Event(), []
+
+    def change() -> None:
+        with changing([model]):
+            model.set_adapters("a", 0.5)
+            inside.set()
+            assert not finished.wait(0.2)
+            model.set_adapters("a", -1.0)
+
+    finished = threading.Event()
+
+    def generate() -> None:
+        inside.wait(WAIT)
+        seen.append(model(x))
+        finished.set()
+
+    together(change, generate)
+
+    assert torch.equal(seen[0], model(x))
+
+
+def test_threads_that_load_different_adapters_at_once_leave_what_one_after_the_other_leaves() -> None:
+    pipe, other = ll.attach(pipeline("sd15")), ll.attach(pipeline("sd15"))
+    files = {name: adapter_file(pipe, seed=n, scale=0.1) for n, name in enumerate("abcd")}
+
+    together(*(lambda n=name: pipe.load_lora_weights(files[n].tensors, adapter_name=n) for name in files))
+    for name, made in files.items():
+        other.load_lora_weights(made.tensors, adapter_name=name)
+
+    assert sorted(pipe.get_list_adapters()["unet"]) == list(files)
+    for one in (pipe, other):
+        one.set_adapters(list(files), [0.5, -0.25, 1.0, 2.0])
+    for component, model in components_of(pipe).items():
+        layers = {path: m for path, m in model.named_modules() if isinstance(m, AdapterLayer)}
+        twins = {p: m for p, m in components_of(other)[component].named_modules() if isinstance(m, AdapterLayer)}
+        assert layers.keys() == twins.keys()
+        for path, layer in layers.items():
+            for name in layer.templates:
+                for key, tensor in layer.delta(name).tensors().items():
+                    assert torch.equal(tensor, twins[path].delta(name).tensors()[key])
+
+
+def test_one_name_goes_to_one_thread_and_numbers_never_collide() -> None:
+    model = slow()
+    refused: list[AdapterStateError] = []
+
+    def load() -> None:
+        try:
+            model.load_lora_adapter(change_of(0), adapter_name="same", prefix=None)
+        except AdapterStateError as error:
+            refused.append(error)
+
+    together(load, load, load)
+    assert len(refused) == 2
+    together(*[lambda: model.load_lora_adapter(change_of(1), prefix=None)] * 4)
+    assert sorted(model.peft_config) == [*(f"default_{n}" for n in range(4)), "same"]
+
+
+def test_pipelines_that_share_a_model_change_it_one_after_the_other() -> None:
+    one = ll.attach(pipeline("sd15"))
+    two: Any = ll.attach(type(one)(**one.components))
+    file = {name: adapter_file(one, seed=n, scale=0.1) for n, name in enumerate("ab")}
+
+    def work(pipe: Any, name: str) -> None:
+        for _ in range(3):
+            pipe.load_lora_weights(file[name].tensors, adapter_name=name)
+            pipe.set_adapters(name, 0.5)
+            pipe.delete_adapters(name)
+
+    together(lambda: work(one, "a"), lambda: work(two, "b"))
+
+    assert one.get_list_adapters() == two.get_list_adapters() == {}
+    assert not [m for model in components_of(one).values() for m in model.modules() if isinstance(m, AdapterLayer)]
+
+
+def test_opposite_orders_of_two_models_do_not_wait_for_each_other() -> None:
+    a, b = slow(), slow()
+
+    def take(*models: nn.Module) -> None:
+        for _ in range(200):
+            with changing(models):
+                pass
+
+    together(lambda: take(a, b), lambda: take(b, a))
+
+
+def test_an_error_in_a_forward_or_in_a_change_opens_the_gate_again() -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5))
+    with pytest.raises(ZeroDivisionError), changing([model]):
+        _ = 1 / 0
+
+    together(lambda: model.set_adapters("a", 0.5), lambda: model(torch.randn(3, 4)))
+
+
+def test_a_callback_may_change_the_model_in_its_own_forward() -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    model.between = lambda: model.set_adapters("a", 0.5)
+
+    together(lambda: model(torch.randn(3, 4)))
+
+    assert model.early.weights == {"a": 0.5}
+
+
+def test_the_gate_is_no_part_of_the_model() -> None:
+    model = ll.attach(flux())
+    twin = copy.deepcopy(model)
+
+    assert gate_of(model) is not gate_of(twin)
+    assert not any(isinstance(value, Gate) for value in vars(model).values())
+    assert pickle.loads(pickle.dumps(model)) is not None
