@@ -3,6 +3,7 @@
 from .adapter import Adapter
 from .combining.approximating import Approximation
 from .combining.extracting import extract
+from .combining.merging import merge
 from .combining.resizing import resize, to_full
 from .conversion import read_adapter
 from .converting import convert
@@ -34,6 +35,7 @@ from .mixins.pipeline import LoraPipelineMixin
 from .planning import plan
 from .plans import AttachPlan
 from .tuning.config import LoraConfig
+from .verifying import Verification, verify
 from .writing import write_adapter
 
 __version__ = "0.1.0"
@@ -63,13 +65,16 @@ __all__ = [
     "UnknownFormatError",
     "UnsafeFileError",
     "UnsupportedBaseError",
+    "Verification",
     "attach",
     "convert",
     "detach",
     "extract",
+    "merge",
     "plan",
     "read_adapter",
     "resize",
     "to_full",
+    "verify",
     "write_adapter",
 ]

@@ -16,7 +16,8 @@ Named = Mapping[str, Mapping[str, LoraDelta]]
 
 def metadata_of(adapter: Adapter, form: Format, alphas: Named) -> dict[str, str]:
     """The header's metadata: the adapter's own, and alphas where the format keeps them there."""
-    own = {METADATA_KEY, "format"}
+    # Hashes are of other tensors, or of these under other names.
+    own = {METADATA_KEY, "format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
     metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
     if adapter.format == "indexed":
         metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}

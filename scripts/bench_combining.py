@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_loaders as ll
 from lora_loaders.checkpoints import open_checkpoint
+from lora_loaders.files import write_safetensors
+from lora_loaders.lazy import FileTensor, form_of
 
 SDXL = {
     "sample_size": 128,
@@ -126,21 +129,24 @@ def extract(arguments: argparse.Namespace) -> None:
 
 
 def write_pair(base: Path, tuned: Path) -> None:
-    """Random weights in float16 and the same with a change of rank 32 and noise, as fine-tuning leaves."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {key: tensor.shape for key, tensor in sdxl().state_dict().items()}
+    """Random weights in float16, and the same with a change of rank 32 and noise, as fine-tuning leaves; streamed."""
+    shapes = {key: tensor.shape for key, tensor in sdxl().state_dict().items()}
     for path in (base, tuned):
-        generator.manual_seed(0)
-        tensors: dict[str, torch.Tensor] = {}
-        for key, shape in weights.items():
-            weight = torch.randn(shape, generator=generator) * 0.02
-            if path == tuned and len(shape) > 1:
-                own = torch.Generator().manual_seed(len(tensors))
-                rows, columns = shape[0], math.prod(shape[1:])
-                up, down = torch.randn(rows, 32, generator=own), torch.randn(32, columns, generator=own)
-                weight += (up @ down * 2e-4 + torch.randn(rows, columns, generator=own) * 3e-4).view(shape)
-            tensors[key] = weight.half()
-        save_file(tensors, path)
+        tensors = {
+            key: FileTensor.computed(form_of(shape, torch.float16), partial(weight, number, shape, path == tuned))
+            for number, (key, shape) in enumerate(shapes.items())
+        }
+        write_safetensors(tensors, path, {"format": "pt"})
+
+
+def weight(number: int, shape: torch.Size, is_tuned: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    values = torch.randn(shape, generator=generator) * 0.02
+    if is_tuned and len(shape) > 1:
+        rows, columns = shape[0], math.prod(shape[1:])
+        up, down = torch.randn(rows, 32, generator=generator), torch.randn(32, columns, generator=generator)
+        values += (up @ down * 2e-4 + torch.randn(rows, columns, generator=generator) * 3e-4).view(shape)
+    return values.half()
 
 
 if __name__ == "__main__":

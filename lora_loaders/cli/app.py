@@ -11,11 +11,14 @@ from typer.core import TyperGroup
 from lora_loaders.errors import LoraLoadersError
 
 from .convert import convert
+from .extract import extract
 from .inspect import inspect
+from .merge import merge
 from .plan import plan
 from .resize import resize
+from .verify import verify
 
-COMMANDS = (inspect, plan, convert, resize)
+COMMANDS = (inspect, plan, verify, convert, resize, merge, extract)
 
 
 class _Commands(TyperGroup):

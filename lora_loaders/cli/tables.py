@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lora_loaders.inspecting import Group, Inspection
 from lora_loaders.plans import AttachPlan
+from lora_loaders.verifying import Verification
 
 SHOWN = 12
 DIGITS = re.compile(r"\d+")
@@ -173,3 +174,16 @@ def show_plan(
     bad = len(plan.problems) + len(plan.unmatched)
     guess = f" It looks like a file for {' or '.join(likely[:3])}." if likely else ""
     console.print(f"[bold red]Does not fit:[/] {bad:,} of {counted(bad + len(plan.bindings), 'modules')}.{guess}\n")
+
+
+def show_verification(outcome: Verification, console: Console) -> None:
+    """Print the checks of a file, the problems below."""
+    path = Path(outcome.path)
+    console.print(f"\n[bold]{escape(path.name)}[/]  [dim]{escape(str(path.parent))}[/]\n", soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    words = {True: "[green]good[/]", False: "[bold red]bad[/]", None: "[yellow]?[/]"}
+    for check in outcome.checks:
+        table.add_row(words[check.passed], f"[bold cyan]{check.name}[/]", escape(check.found))
+    console.print(Padding(table, (0, 0, 1, 2), expand=False))
+    for check in outcome.checks:
+        show_notes(console, check.name.capitalize(), check.problems, "red")

@@ -85,20 +85,20 @@ def as_lora(delta: Delta, goal: Goal, base_weight: Tensor | None = None, dtype: 
     Raises:
         ConversionError: ΔW depends on a base weight that was not given, or has no rank and the goal names none.
     """
-    shape, dtype = _shape_of(delta, base_weight), dtype or _dtype_of(delta)
+    shape, dtype = shape_of(delta, base_weight), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
         return _unchanged(delta, dtype)
     goal = goal.at(shape[2:])
-    product = _product_of(delta)
+    product = product_of(delta)
     if isinstance(delta, LoraDelta) and product is not None and goal.keeps_all:
         return Fitted(delta.map_tensors(lambda tensor: tensor.to(dtype)), Fit(delta.rank, _norm(product), 0.0))
     if product is not None:
-        made = _lora(of_product(*product, goal), delta, shape, dtype)
-        return Fitted(made, _fit_of_product(product, made))
+        made = lora_of(of_product(*product, goal), delta, shape, dtype)
+        return Fitted(made, fit_of_product(product, made))
     if goal.keeps_all:
         raise ConversionError(f"{delta.kind} has no rank of its own: give a rank, an energy or an error")
     change = delta.delta_weight(base_weight).reshape(shape)
-    made = _lora(of_matrix(change.flatten(1), goal), delta, shape, dtype)
+    made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype)
     return Fitted(made, fit_of(change, made))
 
 
@@ -108,7 +108,7 @@ def as_full(delta: Delta, base_weight: Tensor | None = None, dtype: torch.dtype 
     Raises:
         ConversionError: ΔW depends on a base weight that was not given.
     """
-    shape, dtype = _shape_of(delta, base_weight), dtype or _dtype_of(delta)
+    shape, dtype = shape_of(delta, base_weight), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
         return _unchanged(delta, dtype)
     change = delta.delta_weight(base_weight).reshape(shape)
@@ -130,7 +130,7 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
         factor: largest size of w1; -1 for sizes next to the square root, as LyCORIS has it.
         dtype: of the result; the delta's own if None.
     """
-    shape, dtype = _shape_of(delta, None), dtype or _dtype_of(delta)
+    shape, dtype = shape_of(delta, None), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
         return _unchanged(delta, dtype)
     change = delta.delta_weight()
@@ -164,7 +164,7 @@ def _unchanged(delta: Delta, dtype: torch.dtype) -> Fitted:
     return Fitted(cast, Fit(None, 0.0, 0.0))
 
 
-def _shape_of(delta: Delta, base_weight: Tensor | None) -> tuple[int, ...] | None:
+def shape_of(delta: Delta, base_weight: Tensor | None) -> tuple[int, ...] | None:
     """Shape of the weight, None where only the bias changes."""
     if delta.shape is None:
         return None
@@ -179,7 +179,7 @@ def _dtype_of(delta: Delta) -> torch.dtype:
     return next((t.dtype for t in delta.tensors().values() if t.is_floating_point()), torch.float32)
 
 
-def _product_of(delta: Delta) -> Pair | None:
+def product_of(delta: Delta) -> Pair | None:
     """ΔW as up `[out, k]` and down `[k, in·kernel]`, the scaling in `up`; None where the algebra has no such form."""
     factors = None if delta.needs_base else delta.factors()
     if factors is None or factors.in_gain is not None or factors.out_gain is not None:
@@ -193,15 +193,16 @@ def _norm(product: Pair) -> float:
     return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum())))
 
 
-def _fit_of_product(product: Pair, made: LoraDelta) -> Fit:
-    new = _product_of(made)
+def fit_of_product(product: Pair, made: LoraDelta) -> Fit:
+    """How well a LoRA says a change that is there as a product."""
+    new = product_of(made)
     assert new is not None
     lost = Pair(torch.cat([product.up.double(), -new.up.double()], 1), torch.cat([product.down, new.down]).double())
     norm = _norm(product)
     return Fit(made.rank, norm, _norm(lost) / norm if norm else 0.0)
 
 
-def _lora(pair: Pair, like: Delta, shape: tuple[int, ...], dtype: torch.dtype) -> LoraDelta:
+def lora_of(pair: Pair, like: Delta, shape: tuple[int, ...], dtype: torch.dtype) -> LoraDelta:
     """A LoRA of these factors with the scaling, the biases and the spelling of `like`."""
     rank, kernel = pair.up.shape[1], shape[2:]
     own = like if isinstance(like, LoraDelta) else None

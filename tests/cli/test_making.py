@@ -119,3 +119,90 @@ def test_convert_as_lora_of_what_has_no_rank_asks_for_one(run: Run, file: Path, 
 
 def test_a_rank_without_an_algebra_to_take_it_is_refused(run: Run, file: Path, tmp_path: Path) -> None:
     assert run("convert", file, tmp_path / "b.safetensors", "--format", "kohya", "--rank", 2).exit_code == 2
+
+
+# merge
+
+
+def test_merge_adds_with_weights_and_prints_the_errors(run: Run, file: Path, tmp_path: Path) -> None:
+    other, target = tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    save_file(lora(TO_Q, 4), other)
+    result = run("merge", file, other, "-o", target, "--weight", 0.5, "--weight", 2)
+    assert result.exit_code == 0, result.stderr
+    wanted = 0.5 * change_in(file, TO_Q) + 2 * change_in(other, TO_Q)
+    torch.testing.assert_close(change_in(target, TO_Q), wanted, rtol=1e-4, atol=1e-4)
+    assert "relative error of ΔW" in result.stdout
+    assert run("merge", file, other, "-o", target).exit_code == 2  # it is there already
+
+
+def test_merge_refuses_a_method_that_is_not_there(run: Run, file: Path, tmp_path: Path) -> None:
+    result = run("merge", file, "-o", tmp_path / "c.safetensors", "--method", "sum")
+    assert result.exit_code == 2
+    assert "dare_ties" in result.stderr
+
+
+# extract
+
+
+def test_extract_finds_what_was_added(run: Run, tmp_path: Path) -> None:
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    torch.manual_seed(0)
+    base, change = torch.randn(320, 768), torch.randn(320, 2) @ torch.randn(2, 768)
+    for path, weight in (("base", base), ("tuned", base + change)):
+        save_file({name: weight}, tmp_path / f"{path}.safetensors")
+    target = tmp_path / "out.safetensors"
+    sides = (tmp_path / "tuned.safetensors", tmp_path / "base.safetensors")
+    assert run("extract", *sides, target).exit_code == 2  # a rank is wanted
+    result = run("extract", *sides, target, "--error", 0.01)
+    assert result.exit_code == 0, result.stderr
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    made = change_in(target, key)
+    torch.testing.assert_close(made.float(), change, rtol=1e-2, atol=1e-2)
+    assert len(load_file(target)[f"{key}.lora_down.weight"]) == 2
+
+
+# verify
+
+
+def test_verify_passes_a_sound_file(run: Run, file: Path) -> None:
+    result = run("verify", file)
+    assert result.exit_code == 0, result.stdout
+    assert "2 lora; rank 8; pairs complete" in result.stdout
+    found = json.loads(run("verify", file, "--json").stdout)
+    assert found["passed"]
+    assert [check["name"] for check in found["checks"]] == ["whole", "numbers", "modules", "names", "header"]
+
+
+def failing(run: Run, path: Path) -> dict[str, dict[str, object]]:
+    result = run("verify", path, "--json")
+    assert result.exit_code == 1
+    assert run("verify", path).exit_code == 1
+    return {check["name"]: check for check in json.loads(result.stdout)["checks"] if check["passed"] is False}
+
+
+def test_verify_names_every_number_that_is_not_finite(run: Run, file: Path) -> None:
+    tensors = load_file(file)
+    tensors[f"{TO_Q}.lora_up.weight"][3, :2] = float("nan")
+    save_file(tensors, file)
+    assert failing(run, file)["numbers"]["problems"] == [f"{TO_Q}.lora_up.weight: 2 of 2,560 are not finite"]
+
+
+def test_verify_finds_a_file_cut_short_half_a_pair_and_a_name_that_is_not_known(run: Run, file: Path) -> None:
+    tensors = load_file(file)
+    half = {key: tensor for key, tensor in tensors.items() if key != f"{TO_Q}.lora_up.weight"}
+    save_file(half, file)
+    assert "up missing" in str(failing(run, file)["modules"]["problems"])
+    save_file({**tensors, "lora_unet_never_seen.lora_down.weight": torch.zeros(2, 4)}, file)
+    assert "never_seen" in str(failing(run, file)["modules"]["problems"])
+    save_file({**tensors, **lora("lora_unet_never_seen", 2)}, file)
+    assert "never_seen" in str(failing(run, file)["names"]["problems"])
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "the header promises" in str(failing(run, file)["whole"]["found"])
+
+
+def test_verify_finds_a_header_that_is_not_true(run: Run, file: Path) -> None:
+    save_file(load_file(file), file, {"ss_network_dim": "64", "sshs_model_hash": "0" * 64})
+    problems = failing(run, file)["header"]["problems"]
+    assert isinstance(problems, list)
+    assert problems[0] == "ss_network_dim is 64, the ranks are 8"
+    assert problems[1].startswith("sshs_model_hash")

@@ -1,0 +1,248 @@
+"""Several adapters as one, on ΔW: any algebras, ranks and targets, each with its weight."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from lora_loaders.adapter import Adapter
+from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
+from lora_loaders.conversion import Source
+from lora_loaders.deltas import Delta, FullDelta, LoraDelta
+from lora_loaders.errors import ConversionError
+
+from .approximating import (
+    Approximation,
+    Fit,
+    Fitted,
+    as_full,
+    as_lora,
+    fit_of_product,
+    lora_of,
+    product_of,
+    with_record,
+)
+from .arithmetic import METHODS, Majority, Method, check_density, combine
+from .goals import Goal
+from .resizing import NEEDS_WEIGHTS, Tick, at_hand, base_weight_at, read_whole
+from .truncating import Pair, of_product
+
+NOTHING = "Nothing was written."
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How the changes of one module are put together."""
+
+    method: Method
+    goal: Goal
+    density: float
+    majority: Majority
+    generator: torch.Generator
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One adapter's change of a module, and its weight."""
+
+    delta: Delta
+    weight: float
+
+
+def merge(
+    sources: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    method: Method = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    density: float = 0.5,
+    majority: Majority = "total",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    model: Weights | None = None,
+    family: str | None = None,
+    device: torch.device | str | None = None,
+    on_module: Tick | None = None,
+) -> Approximation:
+    """One adapter whose ΔW is put together from those of several.
+
+    `linear` without a goal is exact, Σ wᵢ ΔWᵢ: factors stand side by side, and the ranks add up (PEFT's `cat`). With a
+    goal it is the best adapter of that rank (PEFT's `svd`). The other methods prune ΔW itself (PEFT's `ties_svd` and
+    so on; see `arithmetic`) and take the largest rank of the sources if no goal is given. A module that only some of
+    the adapters change is made from those.
+
+    Args:
+        sources: adapters, or what `read_adapter` reads; of one family.
+        weights: a factor for each; 1 if None.
+        method: `linear`, `magnitude_prune`, `ties`, `dare_linear` or `dare_ties`.
+        rank: see `resize`, as are `energy` and `error`.
+        density: share of the entries that pruning keeps.
+        majority: how `ties` elects a sign: by the sum (`total`) or by the number of changes (`frequency`).
+        seed: for random pruning.
+        dtype: of the result; the widest of the sources if None.
+        model: the base weights, for algebras whose ΔW depends on them.
+        family: read the sources as this family.
+        device: where to compute.
+        on_module: called with the place of each module that is done.
+
+    Raises:
+        AdapterFileError: a source cannot be read.
+        ConversionError: families or numbers that do not go together, or changes that cannot be added.
+    """
+    adapters = [read_whole(source, family) for source in sources]
+    factors = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    _check(adapters, factors, method)
+    check_density(density, method)
+    goal = Goal(rank, energy, error)
+    rule = _Rule(method, goal, density, majority, torch.Generator().manual_seed(seed), dtype)
+    checkpoint = None if model is None else open_checkpoint(model, family=adapters[0].family)
+    deltas: dict[str, dict[str, Delta]] = {}
+    fits: dict[str, Fit] = {}
+    problems: list[str] = []
+    for component, path in dict.fromkeys((m.component, m.path) for adapter in adapters for m in adapter.modules()):
+        parts = _parts(adapters, factors, component, path, device)
+        try:
+            made, fits[f"{component}.{path}"] = _merged(parts, rule, checkpoint, component, path, device)
+            deltas.setdefault(component, {})[path] = at_hand(made, "cpu")
+        except ConversionError as problem:
+            problems.append(f"{component}.{path}: {problem.what}")
+        if on_module is not None:
+            on_module(f"{component}.{path}")
+    if problems:
+        depends = any("depends" in problem for problem in problems)
+        mend = NEEDS_WEIGHTS if depends else "Resize or convert them to one shape first."
+        raise ConversionError(f"{len(problems)} modules cannot be merged", problems=problems, mend=mend, state=NOTHING)
+    facts = {"method": method, "weights": factors, **{k: v for k, v in asdict(goal).items() if v is not None}}
+    if method != "linear":
+        facts |= {"density": density, "majority": majority, "seed": seed}
+    embeddings = {token: vector for adapter in adapters for token, vector in adapter.embeddings.items()}
+    names = ", ".join(adapter.source for adapter in adapters)
+    first = adapters[0]
+    whole = Adapter(deltas, family=first.family, format=first.format, embeddings=embeddings, source=f"merged: {names}")
+    return Approximation(with_record(whole, fits, "merge", [a.source for a in adapters], facts), fits)
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str) -> None:
+    families = {adapter.family for adapter in adapters if adapter.family}
+    tokens = [token for adapter in adapters for token in adapter.embeddings]
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    what = ""
+    if not adapters:
+        what = "no adapters to merge"
+    elif len(weights) != len(adapters):
+        what = f"{len(weights)} weights for {len(adapters)} adapters"
+    elif method not in METHODS:
+        what = f"no method {method!r}; there are {', '.join(METHODS)}"
+    elif len(families) > 1:
+        what = f"adapters of several families: {', '.join(sorted(families))}"
+    elif twice:
+        what = f"the learned tokens {', '.join(twice)} are in several files"
+    if what:
+        problems = [f"{adapter.source}: {adapter.describe()}" for adapter in adapters]
+        raise ConversionError(what, problems=problems, state=NOTHING)
+
+
+def _parts(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    component: str,
+    path: str,
+    device: torch.device | str | None,
+) -> list[_Part]:
+    found = [
+        (adapter.deltas.get(component, {}).get(path), weight) for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    return [_Part(at_hand(delta, device), weight) for delta, weight in found if delta is not None]
+
+
+def _merged(
+    parts: Sequence[_Part],
+    rule: _Rule,
+    checkpoint: Checkpoint | None,
+    component: str,
+    path: str,
+    device: torch.device | str | None,
+) -> Fitted:
+    dtype = rule.dtype or _widest(parts)
+    if rule.method == "linear" and len(parts) == 1 and parts[0].weight == 1 and rule.goal.keeps_all:
+        return _as_is(parts[0].delta, dtype)
+    products = [product_of(part.delta) for part in parts]
+    pairs = [product for product in products if product is not None]
+    if rule.method == "linear" and len(pairs) == len(parts):
+        return _side_by_side(parts, pairs, rule.goal, dtype)
+    base = base_weight_at(checkpoint, component, path, device)
+    whole = [_in_full(part, base) for part in parts]
+    biases = _bias(parts, dtype)
+    diffs = [(full.diff, part.weight) for full, part in zip(whole, parts, strict=True) if full.diff is not None]
+    if not diffs:
+        return Fitted(FullDelta(bias=biases.get("bias"), norm=whole[0].norm), Fit(None, 0.0, 0.0))
+    if len({tuple(diff.shape) for diff, _ in diffs}) > 1:
+        raise ConversionError(f"changes of the shapes {[list(diff.shape) for diff, _ in diffs]} cannot be added")
+    is_matrix = diffs[0][0].ndim > 1
+    change = combine(
+        [diff for diff, _ in diffs],
+        [weight for _, weight in diffs],
+        rule.method if is_matrix else "linear",
+        density=rule.density,
+        majority=rule.majority,
+        generator=rule.generator,
+    )
+    summed = replace(whole[0], diff=change, bias=biases.get("bias"))
+    goal = rule.goal
+    if goal.keeps_all and rule.method != "linear":
+        ranks = [part.delta.rank for part in parts]
+        goal = Goal(rank=max(rank for rank in ranks if rank)) if all(ranks) else goal
+    if is_matrix and not goal.keeps_all:
+        return as_lora(summed, goal, dtype=dtype)
+    return as_full(summed, dtype=dtype)
+
+
+def _as_is(delta: Delta, dtype: torch.dtype) -> Fitted:
+    """A change that stays what it is; only its numbers may be rounded."""
+    kept = delta.map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return Fitted(kept, Fit(delta.rank, 0.0, 0.0))
+
+
+def _side_by_side(parts: Sequence[_Part], pairs: Sequence[Pair], goal: Goal, dtype: torch.dtype) -> Fitted:
+    """Σ wᵢ upᵢ downᵢ as [w₁up₁ | w₂up₂ | …] @ [down₁ / down₂ / …]."""
+    shape = parts[0].delta.shape
+    if shape is None or len({(pair.up.shape[0], pair.down.shape[1]) for pair in pairs}) > 1:
+        raise ConversionError(
+            f"changes of the shapes {[list(part.delta.shape or ()) for part in parts]} cannot be added"
+        )
+    ups = [pair.up * part.weight for part, pair in zip(parts, pairs, strict=True)]
+    wide = reduce(torch.promote_types, (up.dtype for up in ups))
+    whole = Pair(torch.cat([up.to(wide) for up in ups], 1), torch.cat([pair.down.to(wide) for pair in pairs]))
+    cut = whole if goal.keeps_all else of_product(*whole, goal.at(shape[2:]))
+    made = lora_of(cut, FullDelta(), shape, dtype)
+    first = parts[0].delta
+    made = replace(made, **_bias(parts, dtype), embedding=isinstance(first, LoraDelta) and first.embedding)
+    return Fitted(made, fit_of_product(whole, made))
+
+
+def _in_full(part: _Part, base_weight: Tensor | None) -> FullDelta:
+    dtype = torch.promote_types(torch.float32, _widest([part]))
+    made = as_full(part.delta, base_weight, dtype).delta
+    if not isinstance(made, FullDelta):
+        raise ConversionError(f"a {part.delta.kind} change of a norm cannot be added to others")
+    return made
+
+
+def _bias(parts: Sequence[_Part], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Σ wᵢ biasᵢ, under PEFT's word for it where all biases are the up factors' own (the scaling is 1 here)."""
+    given = [(bias, part) for part in parts if (bias := part.delta.delta_bias()) is not None]
+    if not given:
+        return {}
+    total = torch.stack([bias.double() * part.weight for bias, part in given]).sum(0).to(dtype)
+    own = all(isinstance(p.delta, LoraDelta) and p.delta.bias is None for _, p in given)
+    return {"up_bias" if own and all(isinstance(part.delta, LoraDelta) for part in parts) else "bias": total}
+
+
+def _widest(parts: Sequence[_Part]) -> torch.dtype:
+    dtypes = [t.dtype for part in parts for t in part.delta.tensors().values() if t.is_floating_point()]
+    return reduce(torch.promote_types, dtypes)
