@@ -33,8 +33,8 @@ class Layout(Protocol):
         """Number of blocks in the list that this path runs through, None if unknown."""
         ...
 
-    def only_component(self) -> str | None:
-        """The component, if there is but one."""
+    def denoiser(self) -> str | None:
+        """The component that names without one are for: the first."""
         ...
 
     def find(self, component: str, name: str) -> str | None:
@@ -202,7 +202,7 @@ def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _R
         return readings[0][0], readings[0][1].paths[0]
     hints = [*(reading.family.named_component(module.component) if reading.family else ()), module.component]
     if reading.family is None and reading.layout is not None and module.component in ("", "denoiser"):
-        hints = [reading.layout.only_component() or module.component]  # a model of no known family, loaded alone
+        hints = [reading.layout.denoiser() or module.component]  # a model of no known family
     for component in hints if not readings and reading.layout is not None else ():
         path = reading.layout.find(component, module.name) if reading.layout else None
         if path is not None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,6 +61,8 @@ class Score(NamedTuple):
     """Of the lists of blocks: 1 for as many blocks as a published model has, -1 for more than any has."""
     encoders: float
     """Share of the text encoders' names that the encoder of their number has."""
+    alone: bool
+    """Whether the family extends no other."""
 
 
 def rank_families(
@@ -96,7 +99,8 @@ def _score(
     told = [fit for module, reading in read if (fit := _fits(module, reading, tensors, family)) is not None]
     depths = [_depth(path, number, family) for path, number in _last_blocks(read, family).items()]
     numbered = [_is_numbered_right(module, family) for module in encoders]
-    return Score(len(read) / len(sample), *(_mean(facts) for facts in (told, depths, numbered)))
+    means = (_mean(facts) for facts in (told, depths, numbered))
+    return Score(len(read) / len(sample), *means, family.extends is None)
 
 
 def _mean(facts: Sequence[float]) -> float:
@@ -147,8 +151,17 @@ def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]
     for component in family.named_component(module.component):
         readings = family.components[component].resolve(module.name)
         if readings:
-            return [(reading.rule.component or component, reading) for reading in readings]
+            return [_routed(reading, component, family) for reading in readings]
     return []
+
+
+def _routed(reading: Resolved, component: str, family: Family) -> tuple[str, Resolved]:
+    """A reading with its component; one that the denoiser's table sends elsewhere is read in that table too."""
+    target = reading.rule.component
+    if target is None:
+        return component, reading
+    inner = family.components[target].resolve(reading.paths[0])
+    return target, replace(reading, paths=inner[0].paths) if inner else reading
 
 
 def _by_index(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:

@@ -68,9 +68,9 @@ class ModelLayout:
         blocks = None if model is None or at is None else submodule_at(model, ".".join(parts[:at]))
         return len(blocks) if isinstance(blocks, nn.ModuleList) else None
 
-    def only_component(self) -> str | None:
-        """The component, if there is but one."""
-        return next(iter(self.components)) if len(self.components) == 1 else None
+    def denoiser(self) -> str | None:
+        """The component that names without one are for: the first."""
+        return next(iter(self.components), None)
 
     def find(self, component: str, name: str) -> str | None:
         """The path of the module that a name, dotted or flattened, means."""

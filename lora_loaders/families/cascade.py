@@ -1,4 +1,4 @@
-"""Stable Cascade: stage C is the prior, stage B the decoder."""
+"""Stable Cascade and its forerunner Würstchen: stage C is the prior, stage B the decoder."""
 
 from .family import Family, Shape
 from .rules import Names
@@ -46,4 +46,34 @@ CASCADE = Family(
         Shape("decoder", "down_blocks.{i}.{j}.attention.to_q", (1280, 1280)),
     ),
     encoders={"text_encoder": "clip_g"},
+)
+
+WUERSTCHEN_PRIOR = Names(
+    """
+[blocks.{i}.attention]
+  attn.in_proj -> to_q | to_k | to_v ; attn.out_proj -> to_out.0
+""",
+    same="""
+projection ; cond_mapper.0 ; cond_mapper.2 ; out.1
+[blocks.{i}]
+  depthwise ; channelwise.0 ; channelwise.2.gamma (p) ; channelwise.2.beta (p) ; channelwise.4 ; mapper ; kv_mapper.1
+""",
+)
+WUERSTCHEN_DECODER = Names(
+    """
+[down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
+  attn.in_proj -> to_q | to_k | to_v ; attn.out_proj -> to_out.0
+""",
+    same="""
+clip_mapper ; embedding.1 ; clf.1 ; effnet_mappers.{i}
+[down_blocks.{i}.{j} ; up_blocks.{i}.{j}]
+  depthwise ; channelwise.0 ; channelwise.2.gamma (p) ; channelwise.2.beta (p) ; channelwise.4 ; mapper ; kv_mapper.1
+  1
+""",
+)
+WUERSTCHEN = Family(
+    name="wuerstchen",
+    components={"prior": WUERSTCHEN_PRIOR, "decoder": WUERSTCHEN_DECODER, "text_encoder": CLIP},
+    model_classes=("WuerstchenPrior", "WuerstchenDiffNeXt"),
+    shapes=(Shape("prior", "blocks.{i}.attention.to_q", (1536, 1536)),),
 )

@@ -33,6 +33,7 @@ class Family:
         depths: list of blocks, as a diffusers path -> how many blocks it has in published models.
         widens: module paths whose input a file may widen (Control files).
         config_facts: configuration values of the denoiser that tell this family from others of the same class.
+        extends: a family all of whose names this one has too; a file without names of this one's own is the other's.
         encoders: text encoder -> ComfyUI's name of it.
         encoder_numbers: text encoder -> kohya's number of it, where that is not its number in the pipeline.
         trainer_names: whose names kohya's trainers flatten for this family.
@@ -47,6 +48,7 @@ class Family:
     depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     widens: tuple[str, ...] = ()
     config_facts: Mapping[str, object] = field(default_factory=dict[str, object])
+    extends: str | None = None
     encoders: Mapping[str, str] = field(default_factory=dict[str, str])
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
     trainer_names: Literal["original", "diffusers"] = "original"

@@ -20,7 +20,7 @@ embed_image_indicator ; final_layer.linear ; final_layer.adaln_modulation
 
 IDEOGRAM4 = Family(
     name="ideogram4",
-    components={"transformer": TRANSFORMER, "text_encoder": QWEN3_VL},
+    components={"transformer": TRANSFORMER, "unconditional_transformer": TRANSFORMER, "text_encoder": QWEN3_VL},
     model_classes=("Ideogram4Transformer2DModel",),
     depths={"layers": (34,)},
     shapes=(

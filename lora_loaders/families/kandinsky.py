@@ -75,3 +75,21 @@ KANDINSKY6 = Family(
     depths={"visual_transformer_blocks": (60,)},
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "clip_l"},
 )
+
+# The super-resolution model beside it reads no text.
+KANDINSKY6_SR = Family(
+    name="kandinsky6-sr",
+    components={
+        "transformer": Names(
+            same="""
+pooled_bias (p) ; time_embeddings.timestep_embedder.linear_1 ; time_embeddings.timestep_embedder.linear_2
+visual_embeddings.in_layer ; out_layer.modulation.out_layer ; out_layer.out_layer
+[visual_transformer_blocks.{i}]
+  visual_modulation.out_layer ; self_attention.to_query ; self_attention.to_key ; self_attention.to_value
+  self_attention.query_norm ; self_attention.key_norm ; self_attention.out_layer ; feed_forward.net.0.proj
+  feed_forward.net.2
+"""
+        )
+    },
+    model_classes=("Kandinsky6SRTransformer3DModel",),
+)

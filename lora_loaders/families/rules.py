@@ -173,6 +173,7 @@ class Names:
         omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's rows.
         extra: rules made by code, for the families whose block numbering needs arithmetic.
         optional_prefixes: leading path parts that some versions of the model class have and others have not.
+        fuses: whether diffusers' own names for fused projections are read, which are cut evenly where no row says else.
         absent: templates of modules that some published sizes lack; a key for them is ignored with that reason.
     """
 
@@ -185,11 +186,12 @@ class Names:
         omi: str = "",
         extra: Iterable[Rule] = (),
         optional_prefixes: tuple[str, ...] = (),
+        fuses: bool = True,
         absent: tuple[str, ...] = (),
     ) -> None:
         rules = (*parse_rows(original), *parse_rows(same, None), *extra, *parse_rows(xlabs, "xlabs"))
         numbered = (part for rule in rules for part in _numbered(rule))
-        self.rules = (*rules, *parse_rows(omi, "omi"), *numbered, *_fused(rules))
+        self.rules = (*rules, *parse_rows(omi, "omi"), *numbered, *(_fused(rules) if fuses else ()))
         self.optional_prefixes = optional_prefixes
         self.absent = absent
         # Files of one family hold the same few hundred names, and each is asked for two or three times a load.
@@ -205,7 +207,13 @@ class Names:
     @cached_property
     def _sources(self) -> Mapping[str, list["_Template"]]:
         rules = (rule for rule in self.rules if not rule.source.endswith("**"))
-        return _index(_Template(rule.source, rule) for rule in rules if rule.dialect is not None)
+        spoken = (rule for rule in rules if rule.dialect is not None)
+        # A leading `transformer.`, which Stable Audio's original has, is taken for a component's in files.
+        return _index(
+            _Template(name, rule)
+            for rule in spoken
+            for name in dict.fromkeys((rule.source, rule.source.removeprefix("transformer.")))
+        )
 
     @cached_property
     def _paths(self) -> Mapping[str, list["_Template"]]:

@@ -71,14 +71,18 @@ def original_rows(down_attention: Sequence[bool], layers: int = 2) -> Iterator[R
     yield from parse_rows("\n".join([*table, f"[{' ; '.join(resnets)}]", RESNET]))
 
 
+# Which levels have attention.
+LEVELS15 = (True, True, True, False)
+LEVELSXL = (False, True, True)
+LEVELS_REFINER = (False, True, True, False)
 # The middle block keeps its width, so its resnets need no shortcut.
 MIDDLE = "mid_block.resnets.{j}.conv_shortcut"
 # One transformer block an attention, in 1.5 and 2: a name with a higher number is SDXL's.
 SHALLOW = DIFFUSERS.replace("transformer_blocks.{k}", "transformer_blocks.0")
-SD_UNET = Names(
-    same=SHALLOW, extra=original_rows((True, True, True, False)), absent=("add_embedding.linear_{i}", MIDDLE)
-)
-SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows((False, True, True)), absent=(MIDDLE,))
+SD_UNET = Names(same=SHALLOW, extra=original_rows(LEVELS15), absent=("add_embedding.linear_{i}", MIDDLE))
+SDXL_UNET = Names(same=DIFFUSERS, extra=original_rows(LEVELSXL), absent=(MIDDLE,))
+
+REFINER_UNET = Names(same=DIFFUSERS, extra=original_rows(LEVELS_REFINER), absent=(MIDDLE,))
 
 
 def _traversal() -> Iterator[tuple[str, str]]:
@@ -133,4 +137,13 @@ SDXL = Family(
     shapes=(*_cross_attention(2048), Shape("text_encoder_2", "text_model.encoder.layers.{i}.mlp.fc1", (5120, 1280))),
     config_facts={"addition_embed_type": "text_time"},
     encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+)
+# Its one encoder is the second of the pair, and its pipeline calls it so.
+SDXL_REFINER = Family(
+    name="sdxl-refiner",
+    components={"unet": REFINER_UNET, "text_encoder_2": CLIP},
+    model_classes=("UNet2DConditionModel",),
+    shapes=(*_cross_attention(1280), Shape("text_encoder_2", "text_model.encoder.layers.{i}.mlp.fc1", (5120, 1280))),
+    config_facts={"addition_embed_type": "text_time", "cross_attention_dim": 1280},
+    encoders={"text_encoder_2": "clip_g"},
 )

@@ -29,7 +29,7 @@ from .model import LoraModelMixin, read_source
 from .pipeline_saving import SavingMixin, hub_options
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
-BESIDE = ("transformer_2", "transformer_ref", "connectors", "text_conditioner")
+BESIDE = ("transformer_2", "transformer_ref", "unconditional_transformer", "connectors", "text_conditioner")
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

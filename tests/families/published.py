@@ -66,6 +66,44 @@ LATTE = {
     "caption_channels": 4096,
 }
 OMNIGEN_ROPE = {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48, "original_max_position_embeddings": 4096}
+NO_MIDDLE = {"use_motion_mid_block": False}
+WUERSTCHEN = "diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen"
+REFINER = {
+    "block_out_channels": (384, 768, 1536, 1536),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 4,
+    "cross_attention_dim": 1280,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2560,
+    "use_linear_projection": True,
+    "attention_head_dim": (6, 12, 24, 24),
+}
+# What Kandinsky 2 and DeepFloyd IF have in common.
+ADDED_KEYS = {
+    "down_block_types": ("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "block_out_channels": (384, 768, 1152, 1536),
+    "layers_per_block": 3,
+    "attention_head_dim": 64,
+    "resnet_time_scale_shift": "scale_shift",
+    "cross_attention_dim": 768,
+    "encoder_hid_dim": 1280,
+}
+KANDINSKY22 = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
+KANDINSKY21 = {
+    "addition_embed_type": "text_image",
+    "encoder_hid_dim_type": "text_image_proj",
+    "encoder_hid_dim": 1024,
+}
+IF = {
+    "cross_attention_dim": 1536,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+}
 SD35_LARGE = {
     "num_layers": 38,
     "num_attention_heads": 38,
@@ -185,6 +223,24 @@ MORE: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("stable-audio", "stable-audio", "transformer", "StableAudioDiTModel", {}),
     ("stable-audio-3", "stable-audio-3", "transformer", "StableAudio3DiTModel", {}),
     ("longcat-audio", "longcat-audio", "transformer", "LongCatAudioDiTTransformer", {}),
+    ("sdxl-refiner", "sdxl-refiner", "unet", "UNet2DConditionModel", REFINER),
+    ("animatediff", "animatediff", "unet", "UNetMotionModel", {"cross_attention_dim": 768}),
+    ("animatediff-v1", "animatediff", "unet", "UNetMotionModel", {"cross_attention_dim": 768} | NO_MIDDLE),
+    ("animatediff-xl", "animatediff-xl", "unet", "UNetMotionModel", {"cross_attention_dim": 2048}),
+    ("svd", "svd", "unet", "UNetSpatioTemporalConditionModel", {}),
+    ("text-to-video", "text-to-video", "unet", "UNet3DConditionModel", {}),
+    ("i2vgen-xl", "i2vgen-xl", "unet", "I2VGenXLUNet", {}),
+    ("kandinsky2.2", "kandinsky2", "unet", "UNet2DConditionModel", ADDED_KEYS | KANDINSKY22),
+    ("kandinsky2.1", "kandinsky2", "unet", "UNet2DConditionModel", ADDED_KEYS | KANDINSKY21),
+    ("deepfloyd-if", "deepfloyd-if", "unet", "UNet2DConditionModel", ADDED_KEYS | IF),
+    ("kandinsky2-prior", "kandinsky2-prior", "prior", "PriorTransformer", {"num_layers": 20}),
+    ("kandinsky3", "kandinsky3", "unet", "Kandinsky3UNet", {}),
+    ("kandinsky6-sr", "kandinsky6-sr", "transformer", "Kandinsky6SRTransformer3DModel", {}),
+    ("dreamlite", "dreamlite", "unet", "DreamLiteUNetModel", {}),
+    ("audioldm2", "audioldm2", "unet", "AudioLDM2UNet2DConditionModel", {}),
+    ("rfd4-proteina", "rfd4-proteina", "transformer", "RFD4ProteinaTransformer", {}),
+    ("wuerstchen-c", "wuerstchen", "prior", f"{WUERSTCHEN}_prior:WuerstchenPrior", {"c": 1536, "nhead": 24}),
+    ("wuerstchen-b", "wuerstchen", "decoder", f"{WUERSTCHEN}_diffnext:WuerstchenDiffNeXt", {}),
     ("minimax-music3", "minimax-music3", "transformer", "MiniMaxMusic3Transformer1DModel", {}),
 )
 FAMILY_OF = {"wan2.1": "wan", "wan2.2": "wan", "sd3": "sd3", "sd3.5": "sd3", "flux2": "flux2", "ltx2.3": "ltx2"}
