@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
         "hidream",
         LOKR,
         {
-            "lycoris_double_stream_blocks_4_block_attn1_to_v_t": "transformer.double_stream_blocks.4.block.attn1.to_v_t",
+            "lycoris_single_stream_blocks_4_block_attn1_to_v": "transformer.single_stream_blocks.4.block.attn1.to_v",
             "lycoris_double_stream_blocks_4_block_ff_i_experts_0_w1": (
                 "transformer.double_stream_blocks.4.block.ff_i.experts.0.w1"
             ),
@@ -42,7 +42,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
         },
     ),
     "wan of DiffSynth, prefix and slot": (
-        *("wan", DEFAULT),
+        "wan",
+        DEFAULT,
         {"pipe.dit.blocks.0.self_attn.q": "transformer.blocks.0.attn1.to_q"},
     ),
     "wan vace": (
@@ -67,7 +68,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
         },
     ),
     "ace-step under its checkpoint's decoder": (
-        *("ace-step", PEFT),
+        "ace-step",
+        PEFT,
         {"diffusion_model.decoder.layers.0.self_attn.q_proj": "transformer.layers.0.self_attn.to_q"},
     ),
     "krea 2 of SimpleTuner, fused": (
@@ -171,7 +173,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
         },
     ),
     "mochi without .weight": (
-        *("mochi", ("lora_A", "lora_B")),
+        "mochi",
+        ("lora_A", "lora_B"),
         {"blocks.0.attn.qkv_y": parts("transformer.transformer_blocks.0.attn1", ADDED)},
     ),
     "mochi's last block": (
