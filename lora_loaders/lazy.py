@@ -1,6 +1,5 @@
 """Tensors that stay in their file until their numbers are asked for; a conversion runs on them as on any others."""
 
-import contextlib
 import ctypes
 import errno
 import mmap
@@ -95,18 +94,28 @@ class FileTensor(Tensor):
     down. Whatever else is done with one reads it and gives a plain tensor. Nothing is kept of what is read, so memory
     holds what is being computed and no more.
 
-    To torch it is a tensor on the meta device, which keeps shape, strides and offset; it says that it is on the CPU.
-    Only Python's side of torch is told (`__torch_function__`): `__torch_dispatch__` and computing on the meta device
-    import 70 MB of compiler on first use.
+    Only Python's side of torch is told of it (`__torch_function__`): `__torch_dispatch__` and computing on the meta
+    device import 70 MB of compiler on first use.
 
     Attributes:
+        form: dtype, shape, strides and offset, as a tensor on the meta device.
         spans: the bytes that its storage consists of; None where it is computed.
         parts: tensors whose rows are its rows, one after another, where they do not all lie in the file.
     """
 
+    form: Tensor
     spans: tuple[Span, ...] | None
     parts: tuple[Tensor, ...]
     _compute: Callable[[], Tensor] | None
+
+    # Said here, because what goes through torch takes fifty times as long.
+    shape = property(lambda self: self.form.shape)  # pyright: ignore[reportAssignmentType]
+    dtype = property(lambda self: self.form.dtype)  # pyright: ignore[reportAssignmentType]
+    ndim = property(lambda self: self.form.ndim)  # pyright: ignore[reportAssignmentType]
+    itemsize = property(lambda self: self.form.itemsize)  # pyright: ignore[reportAssignmentType]
+    nbytes = property(lambda self: self.form.nbytes)  # pyright: ignore[reportAssignmentType]
+    device = property(lambda self: torch.device("cpu"))  # pyright: ignore[reportAssignmentType]
+    is_meta = property(lambda self: False)  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def lying_at(cls, spans: Sequence[Span], form: Tensor) -> "FileTensor":
@@ -117,14 +126,14 @@ class FileTensor(Tensor):
             form: a tensor on the meta device: dtype, shape, strides, offset in the storage.
         """
         self = form.as_subclass(cls)
-        self.spans, self.parts, self._compute = tuple(spans), (), None
+        self.form, self.spans, self.parts, self._compute = form, tuple(spans), (), None
         return self
 
     @classmethod
     def computed(cls, form: Tensor, compute: Callable[[], Tensor], parts: Sequence[Tensor] = ()) -> "FileTensor":
         """The tensor of this form that the function gives."""
         self = form.as_subclass(cls)
-        self.spans, self.parts, self._compute = None, tuple(parts), compute
+        self.form, self.spans, self.parts, self._compute = form, None, tuple(parts), compute
         return self
 
     @classmethod
@@ -133,10 +142,6 @@ class FileTensor(Tensor):
     ) -> Any:
         """Answer from the form, note down what is to be done, or read and do it."""
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        if name == "device":
-            return torch.device("cpu")
-        if name == "is_meta":
-            return False
         options = kwargs or {}
         if name == "cat":
             return cls._joined(*args, **options)
@@ -144,31 +149,29 @@ class FileTensor(Tensor):
             if name in ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")) or "out" in options:
                 raise RuntimeError(f"{name}: a tensor that lies in a file cannot be changed in place")
             return func(*_read_all(args), **_read_all(options))
-        with _plainly():
-            # Scaling keeps the form, and computing it on the meta device would load torch's compiler.
-            forms = form_of(args[0].shape, args[0].dtype) if name in SCALINGS else func(*args, **options)
-            if isinstance(forms, Tensor):
-                return cls._noted(forms, func, args, options)
-            if name in VIEWS:
-                return tuple(cls._noted(form, func, args, options, number) for number, form in enumerate(forms))
-            return forms
+        source: FileTensor = args[0]
+        # Scaling keeps the form, and computing it on the meta device would load torch's compiler.
+        forms = form_of(source.shape, source.dtype) if name in SCALINGS else func(source.form, *args[1:], **options)
+        if isinstance(forms, Tensor):
+            return source._noted(forms, func, args[1:], options)
+        if name in VIEWS:
+            return tuple(source._noted(form, func, args[1:], options, number) for number, form in enumerate(forms))
+        return forms
 
-    @classmethod
     def _noted(
-        cls, form: Tensor, func: Any, args: tuple[Any, ...], options: Mapping[str, Any], number: int | None = None
+        self, form: Tensor, func: Any, args: tuple[Any, ...], options: Mapping[str, Any], number: int | None = None
     ) -> "FileTensor":
         """What a function of known form gives: another view of the same bytes, or what is to be computed."""
-        source: FileTensor = args[0]
-        if source.spans is not None and _storage(form) == _storage(source):
-            return cls.lying_at(source.spans, form)
+        if self.spans is not None and _storage(form) == _storage(self.form):
+            return FileTensor.lying_at(self.spans, form)
 
         def compute() -> Tensor:
             if func.__name__ == "new_zeros":
                 return torch.zeros(form.shape, dtype=form.dtype)
-            result = func(source.read(), *args[1:], **options)
+            result = func(self.read(), *args, **options)
             return result if number is None else result[number]
 
-        return cls.computed(form, compute)
+        return FileTensor.computed(form, compute)
 
     @classmethod
     def _joined(cls, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -186,29 +189,27 @@ class FileTensor(Tensor):
 
     def lies_at(self) -> list[Span] | None:
         """The bytes of the file that are this tensor in order, None where it must be read or computed."""
-        with _plainly():
-            if self.spans is None or not self.is_contiguous():
-                return None
-            start = int(self.storage_offset()) * self.itemsize
-            return _cut(self.spans, start, start + self.nbytes)
+        if self.spans is None or not self.form.is_contiguous():
+            return None
+        start = int(self.form.storage_offset()) * self.form.itemsize
+        return _cut(self.spans, start, start + self.form.nbytes)
 
     def read(self) -> Tensor:
         """The numbers, as a plain tensor of its own."""
         if self._compute is not None:
             return self._compute()
-        with _plainly():
-            shape, strides, offset = tuple(self.shape), self.stride(), int(self.storage_offset())
-        if 0 in shape:
-            return torch.empty(shape, dtype=self.dtype)
-        extent = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-        start, size = offset * self.itemsize, extent * self.itemsize
+        form = self.form
+        if form.numel() == 0:
+            return torch.empty(form.shape, dtype=form.dtype)
+        extent = sum((size - 1) * stride for size, stride in zip(form.shape, form.stride(), strict=True)) + 1
+        start, size = int(form.storage_offset()) * form.itemsize, extent * form.itemsize
         # Large ones apart from the heap, which would keep their memory: between them lie small things that stay.
         memory = mmap.mmap(-1, size) if size >= CHUNK else bytearray(size)
         target = memoryview(memory)
         for file, begin, end in _cut(self.spans or (), start, start + size):
             file.read_into(target[: end - begin], begin)
             target = target[end - begin :]
-        return torch.frombuffer(memory, dtype=self.dtype).as_strided(shape, strides)
+        return torch.frombuffer(memory, dtype=form.dtype).as_strided(form.shape, form.stride())
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Span | Tensor]:
@@ -240,11 +241,6 @@ def write_all(descriptor: int, data: memoryview) -> None:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU; the tensor must outlive the view."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def _plainly() -> contextlib.AbstractContextManager[None]:
-    """Within it a `FileTensor` is the tensor on the meta device that carries its form."""
-    return torch._C.DisableTorchFunctionSubclass()  # pyright: ignore[reportPrivateUsage]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_convert import streaming_table
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import is_peft_available
 from diffusers.utils import logging as diffusers_logging
@@ -33,6 +34,7 @@ RANK = 16
 SIZE = 0.01
 """Root mean square of ΔW against that of W: what trained adapters have."""
 NAMES = ("a", "b", "c", "d")
+FULL_WIDTH = 3072
 TREE = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
 SMALL = {
     "in_channels": 16,
@@ -134,19 +136,23 @@ def diffusers_file(model: nn.Module, path: Path, dtype: torch.dtype) -> int:
     return len(tensors) // 2
 
 
-def kohya_file(model: FluxTransformer2DModel, path: Path, dtype: torch.dtype) -> int:
-    """A file with kohya's names for the same modules, which are fewer there; returns their number."""
-    config: Any = model.config
-    width = config.num_attention_heads * config.attention_head_dim
-    counts = {"double_blocks": config.num_layers, "single_blocks": config.num_single_layers}
-    tensors: dict[str, Tensor] = {}
+def kohya_modules(width: int, config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Name in kohya's files, outputs and inputs of every module of the blocks."""
+    counts = {"double_blocks": config["num_layers"], "single_blocks": config["num_single_layers"]}
     for blocks, modules in BFL.items():
         for index in range(counts[blocks]):
             for name, (inputs, outputs) in modules.items():
-                key = f"lora_unet_{blocks}_{index}_{name}"
-                down, up = factors(outputs * width, inputs * width, model.device)
-                tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down.to(dtype), up.to(dtype)
-                tensors[f"{key}.alpha"] = torch.tensor(float(RANK), dtype=dtype)
+                yield f"lora_unet_{blocks}_{index}_{name}", outputs * width, inputs * width
+
+
+def kohya_file(model: FluxTransformer2DModel, path: Path, dtype: torch.dtype) -> int:
+    """A file with kohya's names for the same modules, which are fewer there; returns their number."""
+    config: Any = model.config
+    tensors: dict[str, Tensor] = {}
+    for key, outputs, inputs in kohya_modules(config.num_attention_heads * config.attention_head_dim, config):
+        down, up = factors(outputs, inputs, model.device)
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down.to(dtype), up.to(dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(float(RANK), dtype=dtype)
     save_file(tensors, path)
     return len(tensors) // 3
 
@@ -324,6 +330,10 @@ def quiet() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.0, help="size of the file that is renamed; 0 leaves it out"
+    )
+    parser.add_argument("--folder", type=Path, help="the disk to rename it on; the temporary folder's by default")
     parser.add_argument("--write", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     quiet()
@@ -355,7 +365,12 @@ def main() -> None:
         ]
     title = f"Flux.1's module tree at small width: {modules} modules, rank {RANK}"
     machine = f"{platform.machine()} CPU, one thread, processor time, medians of {arguments.repeats}"
-    report(title, machine, table(rows), arguments.write)
+    body = table(rows)
+    if arguments.gigabytes:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            modules = kohya_modules(FULL_WIDTH, TREE)
+            body += "\n\n" + streaming_table(modules, arguments.gigabytes, arguments.repeats, Path(folder))
+    report(title, machine, body, arguments.write)
 
 
 if __name__ == "__main__":
