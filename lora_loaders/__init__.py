@@ -1,6 +1,7 @@
 """lora_loaders: LoRA-type adapters for diffusers, loaded whole or not at all, fused and unfused to the bit."""
 
 from .adapter import Adapter
+from .batch import convert_folder
 from .combining.approximating import Approximation
 from .combining.extracting import extract
 from .combining.merging import merge
@@ -36,9 +37,9 @@ from .planning import plan
 from .plans import AttachPlan
 from .tuning.config import LoraConfig
 from .verifying import Verification, verify
+from .version import __version__ as __version__
 from .writing import write_adapter
 
-__version__ = "0.1.0"
 __all__ = [
     "FAMILIES",
     "FORMATS",
@@ -68,6 +69,7 @@ __all__ = [
     "Verification",
     "attach",
     "convert",
+    "convert_folder",
     "detach",
     "extract",
     "merge",

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = FLOATS | SMALL_FLOATS | INTEGERS | {"BOOL": 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 8 << 20
 MAX_HEADER = 100 << 20
+_UMASK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -326,8 +328,9 @@ def atomic(path: str | os.PathLike[str], *, durable: bool = True) -> Generator[P
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:  # it is told only by setting it, and of two threads one would see and restore the other's 0
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

@@ -31,6 +31,7 @@ BELOW: dict[str, set[str]] = {
     "headers": READING,
     "writing": READING | {"headers"},
     "converting": READING | {"conversion", "writing"},
+    "batch": READING | {"conversion", "converting", "version"},
     "layers": {"deltas", "errors"},
     # A live model's names are flattened by the same rule as those of a file.
     "layout": LIVE,

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lora_loaders.batch import REPORT_NAME
 from lora_loaders.combining.resizing import resize, to_full
 from lora_loaders.conversion import parse
 from lora_loaders.converting import convert as convert_adapter
@@ -17,6 +18,7 @@ from lora_loaders.files import read_header
 from lora_loaders.inspecting import open_contents
 from lora_loaders.locating import DEFAULT_NAMES, PICKLES, HubOptions
 
+from .batch import convert_batch
 from .options import (
     FORMAT_NAMES,
     AllowPickle,
@@ -61,10 +63,25 @@ def convert(
     energy: Energy = None,
     error: ErrorBound = None,
     model: ModelPath = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Files at a time, for a folder; up to four by default.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help=f"Report of a folder; DST/{REPORT_NAME} by default.")] = None,
 ) -> None:
-    """Write an adapter in another format or algebra, whole or not at all."""
+    """Write an adapter in another format or algebra, whole or not at all; or every adapter below a folder into another.
+
+    A folder is continued where an earlier run ended: what is finished and has not changed since is skipped. Exit code
+    1 if any of its files failed.
+    """
     if algebra is not Algebra.lora and (rank, energy, error) != (None, None, None):
         raise typer.BadParameter("--rank, --energy and --error go with --as lora")
+    chosen = dtype.torch if dtype else None
+    if Path(source).is_dir() and target.suffix != ".safetensors" and weight_name is None and subfolder is None:
+        if algebra is not None:
+            raise typer.BadParameter("--as takes one file at a time")
+        options = {"format": format, "family": family, "dtype": chosen, "overwrite": force, "jobs": jobs}
+        convert_batch(Path(source), target, use_safetensors=not allow_pickle and None, report=report, **options)
+        return
     path = _target(target, format)
     if path.exists() and not force:
         raise AdapterFileError(
@@ -78,7 +95,7 @@ def convert(
         contents, _ = open_contents(source, hub, allow_pickle=allow_pickle)
         progress.update(task, advance=1, description="naming")
         adapter = parse(contents, family)
-        chosen, done = dtype.torch if dtype else None, None
+        done = None
         if algebra is not None:
             goal = {"rank": rank, "energy": energy, "error": error}
             change = partial(resize, **goal) if algebra is Algebra.lora else to_full
