@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .adapter import Adapter
-from .deltas import LoraDelta
+from .deltas import Delta, LoraDelta
 from .detection import family_named
+from .errors import ConversionError
 from .formats import Format
+from .peft_types import written
 from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config
 
 Named = Mapping[str, Mapping[str, LoraDelta]]
@@ -37,9 +39,22 @@ def metadata_of(adapter: Adapter, form: Format, alphas: Named) -> dict[str, str]
     return metadata
 
 
-def peft_config(alphas: Named, keys: Iterable[str]) -> dict[str, Any]:
-    """PEFT's configuration for a file of these keys; empty where it holds no LoRA."""
+def peft_config(alphas: Named, tuned: Mapping[str, Delta], keys: Iterable[str]) -> dict[str, Any]:
+    """PEFT's configuration for a file of these keys.
+
+    Args:
+        alphas: the LoRAs.
+        tuned: name as written -> delta of PEFT's other tuners.
+        keys: every key of the file.
+
+    Raises:
+        ConversionError: PEFT has no configuration that says it.
+    """
     loras = {name: delta for deltas in alphas.values() for name, delta in deltas.items()}
+    if tuned and loras:
+        raise ConversionError("PEFT keeps one algebra a file, these are LoRA and others")
+    if tuned:
+        return written(tuned)
     if not loras:
         return {}
     dora = any(".lora_magnitude_vector" in key for key in keys)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .deltas import Delta, DoraDelta, LoraDelta
 from .errors import UNTOUCHED, MalformedAdapterError
+from .peft_types import by_path, configured
 
 METADATA_KEY = "lora_adapter_metadata"
 OPTIONAL_LEVEL = "text_model."
@@ -42,12 +43,11 @@ class Scalings:
             return delta
         if isinstance(delta, DoraDelta):
             return replace(delta, inner=self.apply(delta.inner, component, path, given=given))
-        if not isinstance(delta, LoraDelta):
-            return delta
         config = self.configs.get(component, self.configs.get(""))
+        if not isinstance(delta, LoraDelta):
+            return delta if config is None else configured(delta, config, path)
         if config is not None and config.get("lora_alpha") is not None:
-            pattern: Mapping[str, Any] = config.get("alpha_pattern") or {}
-            alpha = next((float(a) for key, a in pattern.items() if _matches(key, path)), float(config["lora_alpha"]))
+            alpha = by_path(config, "alpha_pattern", path, "lora_alpha")
             return replace(delta, alpha=alpha, rslora=bool(config.get("use_rslora")))
         if self.kohya is not None and self.kohya[0] == delta.rank:
             return replace(delta, alpha=self.kohya[1])
@@ -71,7 +71,8 @@ def _check(config: Mapping[str, Any]) -> None:
         for key, alpha in dict(pattern).items():
             re.compile(str(key))
             float(alpha)
-        float(config.get("lora_alpha") or 0)
+        for name in ("lora_alpha", "alpha", "r", "eps"):
+            float(config.get(name) or 0)
     except (TypeError, ValueError, re.error) as error:
         what = f"lora_alpha {config.get('lora_alpha')!r} with alpha_pattern {pattern!r} says no scaling ({error})"
         raise MalformedAdapterError(
@@ -94,11 +95,6 @@ def _kohya(metadata: Mapping[str, str]) -> tuple[float, float] | None:
         return rank, alpha
     except (KeyError, ValueError):
         return None  # "Dynamic" and "None" are written by resizing tools
-
-
-def _matches(key: str, path: str) -> bool:
-    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def lora_config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .formats import Format, format_named
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
+from .peft_types import plain
 from .scaling import plain_alpha
 
 
@@ -34,6 +35,8 @@ class _Writing:
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta]] = field(default_factory=dict[str, dict[str, LoraDelta]])
     """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
+    tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
+    """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     problems: list[str] = field(default_factory=list[str])
 
 
@@ -64,6 +67,11 @@ def to_tensors(
             _write_delta(name, delta, component, prefix, writing)
     for token, vector in adapter.embeddings.items():
         writing.tensors[token] = vector
+    config: dict[str, Any] = {}
+    try:
+        config = peft_config(writing.alphas, writing.tuned, writing.tensors)
+    except ConversionError as error:
+        writing.problems.append(error.what)
     if writing.problems:
         raise ConversionError(
             f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
@@ -72,7 +80,6 @@ def to_tensors(
             mend="Choose another format, or write in float32 where rounding is the reason.",
             state="Nothing was written.",
         )
-    config = peft_config(writing.alphas, writing.tensors)
     return writing.tensors, metadata_of(adapter, form, writing.alphas), config
 
 
@@ -278,6 +285,8 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta):
         writing.alphas.setdefault(component, {})[name] = inner
+    elif form.name == "peft":
+        writing.tuned[name] = inner
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
         writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
@@ -297,7 +306,9 @@ def flatten_name(name: str) -> str:
 
 def _spelled(delta: Delta, form: Format) -> Delta:
     """The same change with its alpha where the format has it: plain where a tensor holds it, or folded in."""
-    if not isinstance(delta, LoraDelta) or form.alpha == "metadata":
+    if not isinstance(delta, LoraDelta):
+        return delta if form.name == "peft" else plain(delta)
+    if form.alpha == "metadata":
         return delta
     if form.alpha == "folded":
         return _folded(delta)

@@ -8,10 +8,12 @@ from lora_loaders.errors import MalformedAdapterError
 
 from .base import Delta as Delta
 from .base import Factors as Factors
+from .boft import InputBoftDelta as InputBoftDelta
 from .dora import DoraDelta as DoraDelta
 from .full import FullDelta as FullDelta
 from .full import SetDelta as SetDelta
 from .glora import GloraDelta as GloraDelta
+from .ia3 import GainDelta as GainDelta
 from .ia3 import Ia3Delta as Ia3Delta
 from .loha import LohaDelta as LohaDelta
 from .lokr import LokrDelta as LokrDelta
@@ -38,6 +40,8 @@ ALGEBRAS: tuple[tuple[frozenset[str], frozenset[str], type[Delta]], ...] = (
     (frozenset({"oft_blocks"}), frozenset({"rescale", "bias"}), OftDelta),
     (frozenset({"oft_diag"}), frozenset({"rescale", "bias"}), OftDelta),
     (frozenset({"oft_R"}), frozenset({"scaled_oft", "bias"}), InputOftDelta),
+    (frozenset({"boft_R", "boft_s"}), frozenset({"bias"}), InputBoftDelta),
+    (frozenset({"ia3_l"}), frozenset({"bias"}), GainDelta),
     (frozenset({"a1", "a2", "b1", "b2"}), frozenset({"bm", "bias"}), GloraDelta),
     (frozenset({"weight", "on_input"}), frozenset({"bias"}), Ia3Delta),
     (frozenset({"set_weight"}), frozenset({"bias"}), SetDelta),

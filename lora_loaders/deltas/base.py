@@ -87,8 +87,8 @@ class Delta(ABC):
         """The same change as `Factors`, or None where the algebra has no such form."""
         return None
 
-    def delta_bias(self) -> Tensor | None:
-        """Change of the bias `[out]`, or None."""
+    def delta_bias(self, base_bias: Tensor | None = None) -> Tensor | None:
+        """Change of the bias `[out]`, or None; gains of the outputs may read the bias they act on."""
         return self.bias
 
     @property

@@ -112,9 +112,9 @@ class DoraDelta(Delta):
         shape[1 if self.per_input else 0] = -1
         return gain.view(shape) * direction - base
 
-    def delta_bias(self) -> Tensor | None:
+    def delta_bias(self, base_bias: Tensor | None = None) -> Tensor | None:
         """Change of the bias by the inner delta."""
-        return self.inner.delta_bias()
+        return self.inner.delta_bias(base_bias)
 
     def map_rows(self, change: RowMap) -> Self:
         """See `Delta.map_rows`.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class LokrDelta(Delta):
         lokr_w1, or lokr_w1_a and lokr_w1_b: `[p, q]`, or `[p, rank]` and `[rank, q]`.
         lokr_w2, or lokr_w2_a and lokr_w2_b: `[m, n, *kernel]`, or `[m, rank]` and `[rank, n, *kernel]`.
         lokr_t2: Tucker core `[rank, rank, *kernel]`; w2_a is then `[rank, m]` and w2_b `[rank, n]`.
-        alpha: numerator of the scaling alpha / rank; None and 0 mean 1, and so do two whole factors (no rank).
+        alpha: numerator of the scaling alpha / rank; None and 0 mean 1.
+        whole_scaling: scaling of two whole factors, which have no rank: 1 in LyCORIS's files, alpha / r in PEFT's.
     """
 
     kind: ClassVar[str] = "lokr"
@@ -52,6 +53,7 @@ class LokrDelta(Delta):
     lokr_w2_b: Tensor | None = None
     lokr_t2: Tensor | None = None
     alpha: float | None = None
+    whole_scaling: float = 1.0
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
@@ -68,7 +70,8 @@ class LokrDelta(Delta):
         if any(left != right for left, right in joints):
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in slots.items())
             raise MalformedAdapterError(f"the factors do not multiply: {shapes}")
-        return cls(**slots, alpha=alpha)
+        fields: dict[str, Any] = {**slots, "alpha": alpha}
+        return cls(**fields)
 
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
@@ -82,8 +85,10 @@ class LokrDelta(Delta):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank; 1 where no alpha is given or neither factor has a rank."""
-        return self.alpha / self.rank if self.alpha and self.rank else 1.0
+        """alpha / rank; 1 where no alpha is given."""
+        if self.rank is None:
+            return self.whole_scaling
+        return self.alpha / self.rank if self.alpha else 1.0
 
     @property
     def _row_factor(self) -> Tensor:
@@ -99,6 +104,15 @@ class LokrDelta(Delta):
             return self.lokr_w2.shape[0]
         assert self.lokr_w2_a is not None
         return self.lokr_w2_a.shape[0 if self.lokr_t2 is None else 1]
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of w1, and of w2 (with the kernel, where the file flattens it)."""
+        rows, columns = self.shape[:2]
+        factor = self.lokr_w1_b if self.lokr_w1 is None else self.lokr_w1
+        assert factor is not None
+        first = (self._row_factor.shape[0], factor.shape[1])
+        return first, (rows // first[0], columns // first[1])
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ class LoraDelta(Delta):
         down, up = computing(factors.down), computing(factors.up)
         return (up @ down.flatten(1) * self.scaling).view(self.shape)
 
-    def delta_bias(self) -> Tensor | None:
+    def delta_bias(self, base_bias: Tensor | None = None) -> Tensor | None:
         """`scaling · up_bias + bias`."""
         if self.up_bias is None:
             return self.bias

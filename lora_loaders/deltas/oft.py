@@ -82,32 +82,36 @@ class OftDelta(Delta):
         blocks = computing(self.blocks)
         return (self.alpha * self.out_features / ((blocks - blocks.mT).norm() + 1e-8)).clamp(max=1)
 
-    def _rotations(self) -> Tensor:
+    def _turns(self) -> Tensor:
+        """R − I = 2 Q (I − Q)⁻¹: a small rotation's difference would lose its digits in R itself."""
         blocks = computing(self.blocks)
+        identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         if self.is_rotation:
-            return blocks
+            return blocks - identity
         skew = (blocks - blocks.mT) * self._bound()
-        identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-        return torch.linalg.solve(identity - skew, identity + skew)  # the two commute
+        return torch.linalg.solve(identity - skew, 2 * skew)  # the two commute
 
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""
         if base_weight is None:
             raise ConversionError("a rotation's ΔW depends on the weight it turns: pass base_weight")
         base = computing(base_weight)
-        rotations = self._rotations()
-        weight = base.to(rotations.dtype).flatten(1)
-        count, size = rotations.shape[-3:-1]
-        if rotations.ndim == 3:
-            weight = (rotations.mT @ weight.view(count, size, -1)).flatten(0, 1)
+        turns = self._turns()
+        weight = base.to(turns.dtype).flatten(1)
+        count, size = turns.shape[-3:-1]
+        if turns.ndim == 3:
+            change = (turns.mT @ weight.view(count, size, -1)).flatten(0, 1)
         else:
-            for stage, rotation in enumerate(rotations):
+            change = torch.zeros_like(weight)
+            for stage, turn in enumerate(turns):
                 stride = (size // 2) << stage
-                paired = weight.unflatten(0, (-1, 2, stride)).transpose(1, 2).reshape(count, size, -1)
-                weight = (rotation @ paired).view(-1, stride, 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)
+                paired = (weight + change).unflatten(0, (-1, 2, stride)).transpose(1, 2).reshape(count, size, -1)
+                turned = (turn @ paired).view(-1, stride, 2, weight.shape[1]).transpose(1, 2)
+                change = change + turned.flatten(0, 2)
         if self.rescale is not None:
-            weight = computing(self.rescale).view(-1, 1) * weight
-        return weight.view(base.shape) - base
+            rescale = computing(self.rescale).view(-1, 1)
+            change = rescale * change + (rescale - 1) * weight
+        return change.view(base.shape)
 
     def map_rows(self, change: RowMap) -> Self:
         """See `Delta.map_rows`.
@@ -166,17 +170,19 @@ class InputOftDelta(Delta):
     Attributes:
         oft_R: upper triangles of Q, row by row, `[n, b(b−1)/2]` with n · b inputs, or `[1, b(b−1)/2]` shared by all.
         scaled_oft: Q is divided by 2·√(b−1) first (OneTrainer, the flag `oft_R.scaled_oft`).
-        neumann_terms: terms of the truncated series, 3 or more (PEFT `num_cayley_neumann_terms`, and both trainers'
+        neumann_terms: terms of the truncated series (PEFT `num_cayley_neumann_terms`, and both trainers'
             default); None is PEFT's `use_cayley_neumann=False`, which is (I − Q)(I + Q)⁻¹, the inverse of the above.
+        limit: ‖Q‖ of each block is at most this / sqrt(number of blocks) (PEFT's `coft` and `eps`), or None.
         turns_patches: a convolution follows PEFT's convention.
         alpha: without meaning, kept for writing back.
     """
 
-    kind: ClassVar[str] = "oft"
+    kind: ClassVar[str] = "input-oft"
 
     oft_R: Tensor
     scaled_oft: bool = False
     neumann_terms: int | None = 5
+    limit: float | None = None
     turns_patches: bool = False
     alpha: float | None = None
 
@@ -213,17 +219,28 @@ class InputOftDelta(Delta):
         """See `Delta.needs_base`."""
         return True
 
-    def _rotations(self) -> Tensor:
-        """R `[n, b, b]`."""
+    @property
+    def settings(self) -> tuple[bool, int | None, float | None, bool]:
+        """What is not in the tensors."""
+        return self.scaled_oft, self.neumann_terms, self.limit, self.turns_patches
+
+    def _turns(self) -> Tensor:
+        """R − I `[n, b, b]`."""
         size, triangles = self.block_size, computing(self.oft_R)
         rows, columns = torch.triu_indices(size, size, 1, device=triangles.device)
         skew = triangles.new_zeros(triangles.shape[0], size, size)
         skew[:, rows, columns] = triangles / (2 * math.sqrt(size - 1)) if self.scaled_oft else triangles
         skew = skew - skew.mT
-        identity = torch.eye(size, dtype=skew.dtype, device=skew.device)
+        if self.limit is not None:
+            # In float32, as PEFT has it: its files hold triangles that were cut to just this.
+            bound = float(self.limit / torch.sqrt(torch.tensor(len(skew))))
+            skew = skew * (bound / skew.norm(dim=(1, 2), keepdim=True)).clamp(max=1)
         if self.neumann_terms is None:
-            return torch.linalg.solve(identity + skew, identity - skew)
-        total, power = identity + 2 * skew, skew
+            identity = torch.eye(size, dtype=skew.dtype, device=skew.device)
+            return torch.linalg.solve(identity + skew, -2 * skew)
+        if self.neumann_terms < 3:
+            return 2 * (self.neumann_terms - 1) * skew
+        total, power = 2 * skew, skew
         degree = max(3, self.neumann_terms - 1)
         for exponent in range(2, degree + 1):
             power = power @ skew
@@ -234,22 +251,18 @@ class InputOftDelta(Delta):
         """See `Delta.delta_weight`."""
         if base_weight is None:
             raise ConversionError("a rotation's ΔW depends on the weight it turns: pass base_weight")
-        base, rotations = computing(base_weight), self._rotations()
+        base, turns = computing(base_weight), self._turns()
         if base.ndim == 2 or self.turns_patches:
-            rotations = rotations.mT
-        blocks = base.to(rotations.dtype).reshape(base.shape[0], -1, self.block_size)
-        turned = torch.einsum("onk,nkc->onc", blocks, rotations.expand(blocks.shape[1], -1, -1))
-        return turned.reshape(base.shape) - base
+            turns = turns.mT
+        blocks = base.to(turns.dtype).reshape(base.shape[0], -1, self.block_size)
+        return torch.einsum("onk,nkc->onc", blocks, turns.expand(blocks.shape[1], -1, -1)).reshape(base.shape)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "InputOftDelta":
         """See `Delta.join`: parts with the same rotation, as those of a split are."""
         first = parts[0]
         for part in parts[1:]:
-            alike = (part.scaled_oft, part.neumann_terms, part.turns_patches)
-            if alike != (first.scaled_oft, first.neumann_terms, first.turns_patches) or not same(
-                part.oft_R, first.oft_R
-            ):
+            if part.settings != first.settings or not same(part.oft_R, first.oft_R):
                 raise ConversionError(
                     "rotations of the inputs of separate modules cannot become one fused module's",
                     mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",

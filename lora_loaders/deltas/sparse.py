@@ -105,9 +105,9 @@ class SparseDelta(Delta):
         values = computing(self.values).to(weight.dtype)
         return weight.flatten(1).index_put((rows, columns), values, accumulate=True).view(weight.shape)
 
-    def delta_bias(self) -> Tensor | None:
+    def delta_bias(self, base_bias: Tensor | None = None) -> Tensor | None:
         """Change of the bias by the inner delta."""
-        return self.inner.delta_bias()
+        return self.inner.delta_bias(base_bias)
 
     def _pick(self, change: RowMap, inner: Delta) -> Self:
         chosen = change(torch.arange(self.out_features))

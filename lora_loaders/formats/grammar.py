@@ -47,7 +47,7 @@ COMMON: Mapping[str, str] = {
         for slot in (
             *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
             *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-            *("oft_blocks", "oft_diag", "oft_R", "rescale", "boft_R", "boft_s"),
+            *("oft_blocks", "oft_diag", "oft_R", "rescale", "boft_R", "boft_s", "ia3_l"),
             *("bias_indices", "bias_values", "bias_size"),
         )
     },

@@ -124,7 +124,7 @@ def _write_rest(
         return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
-    bias = _total([(delta.delta_bias(), weight) for delta, weight in contributing])
+    bias = _total([(delta.delta_bias(layer.original_bias()), weight) for delta, weight in contributing])
     own_bias = held(layer.base_layer, "bias")
     if out_gain is not None and own_bias is not None:
         # (1 + gain) multiplies the base's whole output; the bias is no part of the weight and is taken out again.

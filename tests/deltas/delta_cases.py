@@ -135,6 +135,11 @@ def input_oft(s: Slots, base: Tensor, factor: float = 1.0) -> Tensor:
     return (flat @ (rotation.T if base.ndim == 2 else rotation)).view(base.shape) - base
 
 
+def input_boft(s: Slots, base: Tensor) -> Tensor:
+    q = (s["boft_R"][0] - s["boft_R"][0].mT) / 2
+    return (s["boft_s"].view(-1, 1) * (base.flatten(1) @ torch.block_diag(*cayley(-q)).T)).view(base.shape) - base
+
+
 def glora(s: Slots, base: Tensor, scale: float) -> Tensor:
     a1, a2, b1, b2 = (s[name] for name in ("a1", "a2", "b1", "b2"))
     change = b1.flatten(1) @ b2.flatten(1)
@@ -222,6 +227,10 @@ def make_cases() -> dict[str, Case]:
             {**slots(oft_R=(2, 10)), "scaled_oft": torch.tensor(True)}, lambda s, w: input_oft(s, w, 4.0)
         ),
         "input oft conv": Case(slots(oft_R=(18, 10)), input_oft, None, (3, 3)),
+        "input boft": Case(slots(boft_R=(1, 2, 5, 5), boft_s=(24, 1)), input_boft),
+        "input boft conv": Case(slots(boft_R=(1, 18, 5, 5), boft_s=(1, 24)), input_boft, None, (3, 3)),
+        "gain of inputs": Case(slots(ia3_l=(1, 10)), lambda s, w: (s["ia3_l"] - 1) * w),
+        "gain of outputs": Case(slots(ia3_l=(24, 1)), lambda s, w: (s["ia3_l"] - 1) * w),
         "glora": Case(slots(a1=(10, 2), a2=(2, 10), b1=(24, 2), b2=(2, 10)), lambda s, w: glora(s, w, half), 1.0),
         "glora old": Case(
             slots(a1=(2, 10), a2=(10, 2), b1=(2, 10), b2=(24, 2)), lambda s, w: old_glora(s, w, half), 1.0

@@ -1,0 +1,478 @@
+"""The parity table: every algebra beside lycoris-lora, PEFT and its closed formula, on every kind of layer.
+
+    python scripts/parity/algebras.py [--output table.md]
+
+Needs peft and lycoris-lora (the `parity` extra). Files that they write are read; files that are written here they read
+back. A cell is the largest error relative to the largest value, in float32 and in float64. A peer that cannot do a
+thing is quoted; one that computes something else than its own merged weight says is marked, and the formula judges.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from formulas import (
+    Formula,
+    butterfly,
+    decomposed,
+    full,
+    gains,
+    glora,
+    hadamard,
+    ia3,
+    input_butterfly,
+    input_rotation,
+    kronecker,
+    low_rank,
+    rank_stabilised,
+    rotation,
+)
+from torch import Tensor, nn
+
+import lora_loaders as ll
+from lora_loaders import fusing
+from lora_loaders.attaching import apply
+from lora_loaders.deltas import Delta
+from lora_loaders.errors import MalformedAdapterError
+from lora_loaders.planning import plan
+from lora_loaders.saving import capture
+
+IN, OUT = 16, 32
+DTYPES = (torch.float32, torch.float64)
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+PEER_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
+"""A peer rounds too, and in more places."""
+STEPS = ("ΔW", "forward", "fuse", "reload")
+
+
+def conv(**options: Any) -> nn.Module:
+    return nn.Conv2d(IN, OUT, 3, **{"padding": 1, **options})
+
+
+LAYERS: Mapping[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: nn.Linear(IN, OUT),
+    "Conv2d": conv,
+    "Conv2d stride 2": lambda: conv(stride=2),
+    "Conv2d dilation 2": lambda: conv(dilation=2, padding=2),
+    "Conv2d groups 2": lambda: conv(groups=2),
+    "Conv2d circular": lambda: conv(padding_mode="circular"),
+    "Conv2d reflect": lambda: conv(padding_mode="reflect"),
+}
+NORMS: Mapping[str, Callable[[], nn.Module]] = {
+    "LayerNorm": lambda: nn.LayerNorm(IN),
+    "GroupNorm": lambda: nn.GroupNorm(4, IN),
+}
+
+
+class Net(nn.Module):
+    """One layer, under a name that trainers' presets leave alone."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.it = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.it(x)
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """One row: how a peer is told to make it, and its formula.
+
+    `lycoris` and `peft` are the arguments of their trainers, or the reason why there is none.
+    """
+
+    name: str
+    formula: Formula
+    lycoris: Mapping[str, Any] | str = "LyCORIS has none"
+    peft: tuple[str, Mapping[str, Any]] | str = "PEFT has none"
+    convolutions: bool = True
+    linear: bool = True
+    norms: bool = False
+
+
+NO_PEFT_TUCKER = "PEFT has no Tucker core for it"
+ALGEBRAS: tuple[Algebra, ...] = (
+    Algebra("LoRA", low_rank, {"algo": "lora"}, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
+    Algebra("LoCon, Tucker", low_rank, {"algo": "lora", "use_tucker": True}, NO_PEFT_TUCKER, linear=False),
+    Algebra("rsLoRA", rank_stabilised, "LyCORIS folds it into alpha: the row LoRA", (
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_rslora": True})),
+    Algebra("LoRA with bias", low_rank, "LyCORIS has none", (
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "lora_bias": True})),
+    Algebra("DoRA per output", decomposed(low_rank), {"algo": "lora", "dora_wd": True}, (
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_dora": True})),
+    Algebra("DoRA per input", decomposed(low_rank), {"algo": "lora", "dora_wd": True, "wd_on_output": False},
+            "PEFT's magnitudes are per output"),
+    Algebra("LoHa", hadamard, {"algo": "loha"}, ("LoHaConfig", {"r": 4, "alpha": 2})),
+    Algebra("LoHa, Tucker", hadamard, {"algo": "loha", "use_tucker": True}, (
+        "LoHaConfig", {"r": 4, "alpha": 2, "use_effective_conv2d": True}), linear=False),
+    Algebra("DoRA over LoHa", decomposed(hadamard), {"algo": "loha", "dora_wd": True}, "PEFT's DoRA wraps LoRA only"),
+    Algebra("LoKr", kronecker, {"algo": "lokr", "factor": 4, "linear_dim": 1, "linear_alpha": 0.5}, (
+        "LoKrConfig", {"r": 1, "alpha": 0.5, "decompose_factor": 4})),
+    Algebra("LoKr, both factored", kronecker,
+            {"algo": "lokr", "factor": 4, "linear_dim": 1, "linear_alpha": 0.5, "decompose_both": True}, (
+        "LoKrConfig", {"r": 1, "alpha": 0.5, "decompose_factor": 4, "decompose_both": True})),
+    Algebra("LoKr, both whole", kronecker, {"algo": "lokr", "factor": 4, "full_matrix": True}, (
+        "LoKrConfig", {"r": 8, "alpha": 8, "decompose_factor": 4})),
+    Algebra("LoKr, Tucker", kronecker,
+            {"algo": "lokr", "factor": 4, "linear_dim": 1, "linear_alpha": 0.5, "use_tucker": True}, (
+        "LoKrConfig", {"r": 1, "alpha": 0.5, "decompose_factor": 4, "use_effective_conv2d": True}), linear=False),
+    Algebra("DoRA over LoKr", decomposed(kronecker), {"algo": "lokr", "factor": 4, "dora_wd": True},
+            "PEFT's DoRA wraps LoRA only"),
+    Algebra("OFT", rotation, {"algo": "diag-oft"}, "PEFT turns inputs: the next rows"),
+    Algebra("OFT, constraint, rescale", rotation, {"algo": "diag-oft", "constraint": 1e-3, "rescaled": True},
+            "PEFT turns inputs: the next rows"),
+    Algebra("BOFT", butterfly, {"algo": "boft", "rescaled": True}, "PEFT turns inputs: the next rows"),
+    Algebra("OFT of inputs", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
+        "OFTConfig", {"r": 0, "oft_block_size": 4})),
+    Algebra("OFT of inputs, exact", input_rotation(exact=True), "LyCORIS turns outputs: the rows above", (
+        "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False})),
+    Algebra("OFT of inputs, shared", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
+        "OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True})),
+    Algebra("OFT of inputs, constraint", input_rotation(exact=False, eps=1e-2), "LyCORIS turns outputs: the rows above",
+            ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2})),
+    Algebra("BOFT of inputs", input_butterfly, "LyCORIS turns outputs: the rows above", (
+        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1})),
+    Algebra("GLoRA", glora, {"algo": "glora"}, "PEFT's GLoRA is another algebra (no a, b pairs)"),
+    Algebra("IA3", ia3, {"algo": "ia3"}, "PEFT's gains take the bias along: the next rows"),
+    Algebra("IA3 of outputs with bias", gains(on_input=False), "LyCORIS leaves the bias: the row above", (
+        "IA3Config", {"feedforward_modules": []})),
+    Algebra("IA3 of inputs", gains(on_input=True), "LyCORIS adds to 1 what PEFT multiplies: the row above", (
+        "IA3Config", {"feedforward_modules": ["it"]})),
+    Algebra("full difference", full, {"algo": "full"}, "PEFT has none (`modules_to_save` replaces modules)"),
+    Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, "PEFT has none", convolutions=False,
+            linear=False, norms=True),
+)  # fmt: skip
+
+
+@dataclass
+class Cells:
+    """Errors of one row and one peer: step -> dtype -> error, or why there is none."""
+
+    errors: dict[str, dict[torch.dtype, float]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def put(self, step: str, dtype: torch.dtype, one: Tensor, other: Tensor) -> float:
+        error = relative(one, other)
+        self.errors.setdefault(step, {})[dtype] = error
+        return error
+
+    def show(self, step: str, tolerance: Mapping[torch.dtype, float]) -> str:
+        if step in self.reasons:
+            return self.reasons[step]
+        errors, note = self.errors.get(step, {}), self.notes.get(step, "")
+        if not errors:
+            return note or "NOT MEASURED"
+        bad = "" if all(error <= tolerance[dtype] for dtype, error in errors.items()) else " **off**"
+        return " / ".join(f"{error:.0e}" for error in errors.values()) + (f" ({note})" if note else bad)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a peer says of one layer; where it raises, the exception's words stand instead."""
+
+    name: str
+    file: Path
+    forward: Tensor | str
+    merged: Tensor | str
+    reload: Callable[[Path], Tensor]
+    format: str
+
+
+def said(ask: Callable[[], Tensor]) -> Tensor | str:
+    """An answer, or the words of the peer's own refusal."""
+    try:
+        with torch.no_grad():
+            return ask()
+    except Exception as error:  # whatever a peer raises is what the table quotes
+        return f"raises {type(error).__name__}: {' '.join(str(error).split())[:60]}"
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach().double(), other.detach().double()
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+
+
+def randomised(parameters: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+            parameter.copy_(noise + (1.0 if parameter.ndim and bool((parameter == 1).all()) else 0.0))
+
+
+def inputs(name: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    shape = (2, 3, IN) if name in ("Linear", "LayerNorm") else (2, IN, 6, 6)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def lycoris_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
+    from lycoris.wrapper import create_lycoris, create_lycoris_from_weights
+
+    assert not isinstance(algebra.lycoris, str)
+    dtype, model = x.dtype, copy.deepcopy(net)
+    options: dict[str, Any] = {"linear_dim": 4, "linear_alpha": 2, **algebra.lycoris}
+    network = create_lycoris(model, 1.0, **options)
+    network.apply_to()  # its state dictionary is empty before
+    randomised((p for n, p in network.named_parameters() if "dora_scale" not in n), 3)
+    network.to(dtype).eval()
+    stretch(network, "dora_scale")
+    folder.mkdir(exist_ok=True)
+    file = folder / "lycoris.safetensors"
+    network.save_weights(str(file), dtype, {})
+    out = said(lambda: model(x))
+    network.restore()
+
+    def merged() -> Tensor:
+        network.merge_to(1.0)
+        return model.it.weight.detach()
+
+    def reloaded(path: Path) -> Tensor:
+        fresh = copy.deepcopy(net)
+        other, _ = create_lycoris_from_weights(1.0, str(path), fresh)
+        for lora in other.loras:
+            lora.to(dtype).eval()
+        other.merge_to(1.0)
+        return fresh.it.weight.detach()
+
+    return Peer("LyCORIS", file, out, said(merged), reloaded, "lycoris")
+
+
+def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
+    import peft
+
+    assert not isinstance(algebra.peft, str)
+    config, options = algebra.peft
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(net), getattr(peft, config)(target_modules=["it"], **options), autocast_adapter_dtype=False
+    )
+    randomised((p for n, p in wrapped.named_parameters() if "base_layer" not in n and "magnitude" not in n), 3)
+    wrapped.to(x.dtype).eval()
+    stretch(wrapped, "magnitude")
+    out = said(lambda: wrapped(x))
+    wrapped.save_pretrained(folder / "peft")
+
+    def merged(path: Path) -> Tensor:
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(path), autocast_adapter_dtype=False)
+        return again.to(x.dtype).merge_and_unload().it.weight.detach()
+
+    return Peer("PEFT", folder / "peft", out, said(lambda: merged(folder / "peft")), merged, "peft")
+
+
+@torch.no_grad()
+def stretch(model: nn.Module, name: str) -> None:
+    """Magnitudes away from the norms they start as."""
+    for path, parameter in model.named_parameters():
+        if name in path:
+            parameter *= 1.3
+
+
+PEERS = {"LyCORIS": lycoris_says, "PEFT": peft_says}
+
+
+def spoken(delta: Delta) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors as the file has them, in float64, and alpha."""
+    slots = {n: t.detach().double() if t.is_floating_point() else t for n, t in delta.slots().items()}
+    return slots, delta.alpha_value
+
+
+def measure(algebra: Algebra, layer: str, make: Callable[[], nn.Module], name: str) -> tuple[Cells, Cells]:
+    """Ours against this peer, and ours against the formula on the peer's file."""
+    theirs, formula = Cells(), Cells()
+    options = algebra.lycoris if name == "LyCORIS" else algebra.peft
+    if isinstance(options, str):
+        theirs.reasons = dict.fromkeys(STEPS, options)
+        return theirs, formula
+    for dtype in DTYPES:
+        torch.manual_seed(1)
+        net = Net(make).to(dtype).eval()
+        if layer in NORMS:
+            randomised(net.parameters(), 4)
+        x = inputs(layer, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            peer = asked(algebra, net, x, Path(folder), name)
+            if isinstance(peer, str):
+                theirs.reasons = dict.fromkeys(STEPS, f"{name} makes none: {peer}")
+                peer = stand_in(algebra, net, x, Path(folder), name)
+            if isinstance(peer, Peer) and "groups" in layer and not is_possible(net, peer.file):
+                reason = f"no ΔW exists: {name}'s tensors join inputs that the groups keep apart"
+                theirs.reasons = formula.reasons = dict.fromkeys(STEPS, reason)
+            elif peer is not None:
+                compare(algebra, net, x, peer, theirs, formula, Path(folder))
+            else:
+                formula.reasons = dict.fromkeys(STEPS, f"no file of it exists: {name} makes none")
+    return theirs, formula
+
+
+def is_possible(net: Net, file: Path) -> bool:
+    """Whether the tensors of this file make a change of this layer's weight."""
+    try:
+        return not plan(net, file).problems
+    except MalformedAdapterError:
+        return False
+
+
+def asked(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> Peer | str:
+    found: list[Peer] = []
+
+    def ask() -> Tensor:
+        found.append(PEERS[name](algebra, net, x, folder))
+        return x
+
+    answer = said(ask)
+    return answer if isinstance(answer, str) else found[0]
+
+
+def stand_in(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> Peer | None:
+    """A file that the peer makes for the plain convolution, where it fits this layer; nothing else of the peer's."""
+    torch.manual_seed(1)
+    plain = Net(LAYERS["Conv2d"]).to(x.dtype).eval()
+    peer = asked(algebra, plain, x, folder / "plain", name)
+    if isinstance(peer, str) or not is_possible(net, peer.file):
+        return None
+    return replace(peer, forward="", merged="")
+
+
+def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, formula: Cells, folder: Path) -> None:
+    dtype, base = x.dtype, copy.deepcopy(net.it)
+    weight: Any = base.weight
+    weight = weight.detach()
+    model = copy.deepcopy(net)
+    done = plan(model, peer.file)
+    if not done.bindings or done.ignored:
+        raise SystemExit(f"{algebra.name}, {base}: {done.problems}, {done.ignored}")
+    delta = done.bindings[0].delta
+    slots, alpha = spoken(delta)
+    if algebra.name == "LoKr, both whole" and peer.format == "peft":
+        alpha = None  # 8 / 8
+    wanted = algebra.formula(slots, weight.double(), alpha)
+    bias: Any = getattr(base, "bias", None)
+    change = delta.delta_bias(bias)
+    twin: Any = copy.deepcopy(base).double()
+    with torch.no_grad():
+        twin.weight += wanted
+        if change is not None:
+            twin.bias += change.double()
+        truth = twin(x.double())
+    ours = delta.delta_weight(weight).view(weight.shape)
+    formula.put("ΔW", dtype, ours, wanted)
+    apply(done, "x")
+    adapter = captured(model)
+    with torch.no_grad():
+        out = model(x)
+    formula.put("forward", dtype, out, truth)
+    fused = fused_and_back(model, net)
+    formula.put("fuse", dtype, fused, weight.double() + wanted)
+    path = folder / "ours" if peer.format == "peft" else folder / "ours.safetensors"
+    written = ll.write_adapter(adapter, path, peer.format)
+    source = written.parent if peer.format == "peft" else written
+    again = plan(copy.deepcopy(net), source).bindings[0].delta
+    formula.put("reload", dtype, again.delta_weight(weight).view(weight.shape), wanted)
+    if peer.forward == "":
+        return
+    whole = weight.double() + wanted
+    beside(theirs, peer, "forward", dtype, out, peer.forward, truth)
+    # A peer's ΔW is what merging changed, so its error is one of the merged weight.
+    beside(theirs, peer, "ΔW", dtype, weight.double() + ours.double(), peer.merged, whole)
+    beside(theirs, peer, "fuse", dtype, fused, peer.merged, whole)
+    # The peer reads our file as it reads its own.
+    back = said(lambda: peer.reload(source))
+    beside(theirs, peer, "reload", dtype, peer.merged if isinstance(peer.merged, Tensor) else fused, back, whole)
+
+
+def fused_and_back(model: Any, net: Net) -> Tensor:
+    """The fused weight; unfusing must leave every bit as it was."""
+    before = {n.removeprefix("it."): p for n, p in net.named_parameters()}
+    fusing.fuse(model)
+    layer: Any = model.it.base_layer
+    fused = layer.weight.detach().clone()
+    fusing.unfuse(model)
+    for name, parameter in before.items():
+        left = layer.get_parameter(name)
+        assert torch.equal(left.view(torch.uint8), parameter.view(torch.uint8)), f"unfusing left {name} changed"
+    return fused
+
+
+def beside(
+    cells: Cells, peer: Peer, step: str, dtype: torch.dtype, ours: Tensor, theirs: Tensor | str, truth: Tensor
+) -> None:
+    """Put ours against the peer's into a cell; what the peer does wrong by itself is named."""
+    kind = str(dtype).removeprefix("torch.")
+    if isinstance(theirs, str):
+        cells.notes[step] = f"{peer.name} {theirs} in {kind}"
+    elif theirs.shape != truth.shape:
+        cells.notes[step] = f"{peer.name}'s has the shape {list(theirs.shape)}, the layer's is {list(truth.shape)}"
+    elif cells.put(step, dtype, ours, theirs) > PEER_ROUNDING[dtype]:
+        cells.notes[step] = f"{peer.name} is {relative(theirs, truth):.0e} off the formula in {kind}"
+
+
+def captured(model: nn.Module) -> Any:
+    """What is attached, as it would be saved."""
+    model.__dict__["peft_config"] = {"x": ll.LoraConfig()}
+    try:
+        return capture({"transformer": model}, "x", None)
+    finally:
+        del model.__dict__["peft_config"]
+
+
+def rows() -> list[list[str]]:
+    table: list[list[str]] = []
+    for algebra in ALGEBRAS:
+        layers = {
+            **({"Linear": LAYERS["Linear"]} if algebra.linear else {}),
+            **({n: m for n, m in LAYERS.items() if n != "Linear"} if algebra.convolutions else {}),
+            **(NORMS if algebra.norms else {}),
+        }
+        for layer, make in layers.items():
+            measured = {name: measure(algebra, layer, make, name) for name in PEERS}
+            merged = Cells()
+            for _, own in measured.values():
+                merged.reasons |= own.reasons
+                for step, errors in own.errors.items():
+                    for dtype, error in errors.items():
+                        kept = merged.errors.setdefault(step, {})
+                        kept[dtype] = max(error, kept.get(dtype, 0.0))
+            if merged.errors:
+                merged.reasons = {}
+            cells = [measured[name][0].show(step, PEER_ROUNDING) for name in PEERS for step in STEPS]
+            table.append([algebra.name, layer, *cells, *(merged.show(step, TOLERANCE) for step in STEPS)])
+            print(" | ".join(table[-1]), flush=True)
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the table as Markdown to this file too")
+    arguments = parser.parse_args()
+    try:
+        import lycoris  # noqa: F401
+        import peft
+    except ImportError as error:
+        print(f"{error.name} is not installed: the table compares with its files. pip install 'lora-loaders[parity]'")
+        return 2
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    table = rows()
+    if arguments.output:
+        head = ["algebra", "layer", *(f"{name} {step}" for name in (*PEERS, "formula") for step in STEPS)]
+        lines = [head, ["---"] * len(head), *table]
+        arguments.output.write_text("\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n", "utf-8")
+        print(f"peft {peft.__version__}, torch {torch.__version__}")
+    bad = [f"{row[0]}, {row[1]}" for row in table if any("**off**" in cell or "NOT" in cell for cell in row)]
+    print(f"{len(table)} rows, {len(bad)} with a cell that is off" + "".join(f"\n  {row}" for row in bad))
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""PEFT's LoHa, LoKr, OFT, BOFT and IA3: folders are read with what the configuration says, and written for PEFT."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_loaders as ll
+from lora_loaders import fusing
+from lora_loaders.attaching import apply
+from lora_loaders.deltas import InputBoftDelta, LokrDelta, build
+from lora_loaders.errors import ConversionError
+from lora_loaders.planning import plan
+from lora_loaders.writing import to_tensors
+
+TARGETS = ["linear", "conv"]
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("LoHaConfig", {"r": 4, "alpha": 2, "rank_pattern": {"conv": 3}, "alpha_pattern": {"linear": 7}}),
+    ("LoHaConfig", {"r": 4, "alpha": 2, "use_effective_conv2d": True}),
+    ("LoKrConfig", {"r": 1, "alpha": 3, "decompose_factor": 4}),
+    ("LoKrConfig", {"r": 1, "alpha": 3, "decompose_both": True}),
+    ("LoKrConfig", {"r": 12, "alpha": 3, "decompose_factor": 4}),
+    ("LoKrConfig", {"r": 1, "alpha": 3, "use_effective_conv2d": True}),
+    ("OFTConfig", {"r": 0, "oft_block_size": 4}),
+    ("OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}),
+    ("OFTConfig", {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 2}),
+    ("OFTConfig", {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 7}),
+    ("OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True}),
+    ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 0.05}),
+    ("BOFTConfig", {"boft_block_size": 4}),
+    ("IA3Config", {"feedforward_modules": []}),
+    ("IA3Config", {"feedforward_modules": ["conv"]}),
+    ("IA3Config", {"feedforward_modules": ["linear", "conv"]}),
+]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 24)
+        self.conv = nn.Conv2d(24, 24, 3)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double().requires_grad_(False)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    bases = {name: getattr(getattr(model, name), "base_layer", getattr(model, name)) for name in TARGETS}
+    return {f"{name}.{key}": t.detach().clone() for name, base in bases.items() for key, t in base.named_parameters()}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("config", "options"), OPTIONS, ids=str)
+def test_a_folder_of_peft_is_fused_as_peft_merges_it_and_peft_reads_ours(
+    config: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="reads and writes PEFT's own folders")
+    wrapped = peft.get_peft_model(net(), getattr(peft, config)(target_modules=TARGETS, **options))
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "base_layer" not in name:
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * 0.2
+    wrapped.save_pretrained(tmp_path / "theirs")
+    theirs = weights(wrapped.merge_and_unload())
+    model, plain = net(), weights(net())
+    done = plan(model, tmp_path / "theirs")
+    assert len(done.matched) == 2
+    assert not done.unmatched
+    assert not done.ignored
+    apply(done, "x")
+    fusing.fuse(model)
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)
+    fusing.unfuse(model)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in weights(model).items())
+    ll.write_adapter(done.adapter, tmp_path / "ours", "peft")
+    again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "ours")).double().merge_and_unload()
+    for name, tensor in weights(again).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def written(delta: Any, format: str = "peft") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, _, config = to_tensors(ll.Adapter({"transformer": {"it": delta}}), format)
+    return tensors, config
+
+
+def test_the_scaling_of_two_whole_factors_is_multiplied_in_for_other_formats() -> None:
+    delta = build({"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(8, 6)}, None)
+    assert isinstance(delta, LokrDelta)
+    half = replace(delta, whole_scaling=0.5)
+    torch.testing.assert_close(half.delta_weight(), 0.5 * delta.delta_weight())
+    tensors, _ = written(half, "original")
+    (key,) = [key for key in tensors if key.endswith("lokr_w2")]
+    assert torch.equal(tensors[key], 0.5 * delta.tensors()["lokr_w2"])
+    with pytest.raises(ConversionError, match="rounding"):
+        written(replace(delta, whole_scaling=1 / 3), "original")
+    _, config = written(half)
+    assert (config["peft_type"], config["alpha"] / config["r"]) == ("LOKR", 0.5)
+
+
+def test_what_peft_cannot_build_is_refused_with_the_reason() -> None:
+    odd = build({"lokr_w1": torch.randn(4, 2), "lokr_w2": torch.randn(2, 8)}, None)
+    with pytest.raises(ConversionError, match="decompose_factor"):
+        written(odd)
+    onetrainer = build({"oft_R": torch.randn(4, 6)}, None)
+    with pytest.raises(ConversionError, match="OneTrainer"):
+        written(onetrainer)
+    mixed = {
+        "a": build({"ia3_l": torch.ones(1, 4)}, None),
+        "b": build({"boft_R": torch.zeros(1, 1, 4, 4), "boft_s": torch.ones(4, 1)}, None),
+    }
+    with pytest.raises(ConversionError, match="one algebra a file"):
+        to_tensors(ll.Adapter({"transformer": mixed}), "peft")
+
+
+def test_peft_settings_have_no_words_in_other_formats() -> None:
+    rotation: Any = build({"oft_R": torch.randn(4, 6)}, None)
+    assert written(rotation, "original")[0]
+    with pytest.raises(ConversionError, match="PEFT's OFT"):
+        written(replace(rotation, neumann_terms=None), "original")
+    with pytest.raises(ConversionError, match="no words for gain"):
+        written(build({"ia3_l": torch.ones(1, 4)}, None), "kohya")
+
+
+def test_several_butterfly_stages_are_products_of_permuted_blocks() -> None:
+    """PEFT builds more than one stage on a GPU alone; this is its product of matrices, written out."""
+    torch.manual_seed(0)
+    blocks, factors = torch.randn(3, 4, 4, 4, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    base = torch.randn(8, 16, dtype=torch.float64)
+    turned, identity = base, torch.eye(4, dtype=torch.float64)
+    for stage, order in enumerate(([0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 1, 3, 4, 6, 5, 7], [0, 2, 4, 6, 1, 3, 5, 7])):
+        permutation = torch.eye(16, dtype=torch.float64)[[2 * half + step for half in order for step in (0, 1)]]
+        skews = (blocks[stage] - blocks[stage].mT) / 2
+        whole = torch.block_diag(*[(identity - q) @ torch.linalg.inv(identity + q) for q in skews])
+        turned = turned @ (permutation @ whole @ permutation.T).T
+    delta = build({"boft_R": blocks, "boft_s": factors}, None)
+    assert isinstance(delta, InputBoftDelta)
+    torch.testing.assert_close(delta.delta_weight(base), factors * turned - base)
+
+
+def test_a_gain_of_outputs_takes_the_bias_along_unfused_and_fused() -> None:
+    model = nn.ModuleDict({"it": nn.Linear(6, 4)}).double().requires_grad_(False)
+    plain, gain = copy.deepcopy(model["it"]), torch.tensor([[2.0], [0.5], [-1.0], [1.0]], dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    wanted = plain(x) * (1 + 0.7 * (gain.flatten() - 1))
+    apply(plan(model, {"it.ia3_l": gain}), "x")
+    layer: Any = model["it"]
+    layer.weights["x"] = 0.7
+    fusing.refresh([layer])
+    torch.testing.assert_close(layer(x), wanted)
+    fusing.fuse(model)
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer.base_layer(x), wanted)
+
+
+def test_a_bad_configuration_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"base_model.model.it.hada_w1_a": torch.ones(4, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": "many", "alpha": 1}), "utf-8")
+    with pytest.raises(ll.MalformedAdapterError, match="many"):
+        ll.read_adapter(tmp_path)
