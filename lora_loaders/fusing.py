@@ -353,7 +353,7 @@ def _checksum(weight: Tensor) -> Tensor:
 
 def _new_bias(base: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> Tensor | None:
     """The bias with the changes added, in the weight's dtype; None where no delta changes it."""
-    own = getattr(base, "bias", None)
+    own = held(base, "bias")
     changes = [(bias, c) for delta, c in deltas if (bias := delta.delta_bias(own)) is not None]
     if not changes:
         return None

@@ -17,6 +17,13 @@ def held(module: nn.Module, name: str) -> Any:
     return parameter if kept is None else kept
 
 
+def original_bias(base: nn.Module, fused: Any) -> Tensor | None:
+    """A base layer's bias as it was before `fused` was fused into it."""
+    if fused is not None and (fused.bias is not None or not fused.had_bias):
+        return fused.bias
+    return held(base, "bias")
+
+
 def is_out_of_reach(module: nn.Module, name: str) -> bool:
     """Whether a parameter's values are in a file, or nowhere: what can be read of them is a copy."""
     parameter: Any = getattr(module, name, None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_loaders.deltas import Delta, Factors
 
 from .base_weight import logical_shape, read_weight
-from .held import held
+from .held import held, original_bias
 from .kinds import LINEAR, Kind
 from .places import Factor, is_transposed, place_of
 from .shared import Shared
@@ -215,13 +215,6 @@ class AdapterLayer(nn.Module):
         """The base weight as it was before anything was fused into it."""
         return read_weight(self.base_layer) if self.fused is None else self.fused.original(self)
 
-    def original_bias(self) -> Tensor | None:
-        """The base layer's bias as it was before anything was fused into it."""
-        fused = self.fused
-        if fused is not None and (fused.bias is not None or not fused.had_bias):
-            return fused.bias
-        return self.bias
-
     def factors(self, delta: Delta) -> Factors | None:
         """A delta's factors in this layer's shapes, or None where they cannot say the change here.
 
@@ -328,7 +321,7 @@ class AdapterLayer(nn.Module):
         delta = self.delta(name)
         dropout = self.dropouts[name]
         given = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
-        bias = delta.delta_bias(self.original_bias())
+        bias = delta.delta_bias(original_bias(self.base_layer, self.fused))
         if delta.shape is None:
             assert bias is not None
             return self._shaped(bias, out).expand_as(out)

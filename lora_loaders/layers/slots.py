@@ -10,7 +10,7 @@ from lora_loaders.deltas import Delta, Factors
 from lora_loaders.deltas.base import computing
 
 from .base_weight import adapter_device, adapter_dtype, logical_shape
-from .held import held
+from .held import held, original_bias
 from .layer import AdapterLayer
 from .parameter import ParameterLayer
 
@@ -124,7 +124,8 @@ def _write_rest(
         return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
-    bias = _total([(delta.delta_bias(layer.original_bias()), weight) for delta, weight in contributing])
+    plain_bias = original_bias(layer.base_layer, layer.fused)
+    bias = _total([(delta.delta_bias(plain_bias), weight) for delta, weight in contributing])
     own_bias = held(layer.base_layer, "bias")
     if out_gain is not None and own_bias is not None:
         # (1 + gain) multiplies the base's whole output; the bias is no part of the weight and is taken out again.

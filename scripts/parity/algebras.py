@@ -15,6 +15,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +219,12 @@ def inputs(name: str, dtype: torch.dtype) -> Tensor:
 
 
 def lycoris_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
-    from lycoris.wrapper import create_lycoris, create_lycoris_from_weights
-
+    lycoris: Any = import_module("lycoris.wrapper")
     assert not isinstance(algebra.lycoris, str)
     dtype, model = x.dtype, copy.deepcopy(net)
+    layer: Any = model.it
     options: dict[str, Any] = {"linear_dim": 4, "linear_alpha": 2, **algebra.lycoris}
-    network = create_lycoris(model, 1.0, **options)
+    network = lycoris.create_lycoris(model, 1.0, **options)
     network.apply_to()  # its state dictionary is empty before
     randomised((p for n, p in network.named_parameters() if "dora_scale" not in n), 3)
     network.to(dtype).eval()
@@ -235,22 +237,22 @@ def lycoris_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
 
     def merged() -> Tensor:
         network.merge_to(1.0)
-        return model.it.weight.detach()
+        return layer.weight.detach()
 
     def reloaded(path: Path) -> Tensor:
         fresh = copy.deepcopy(net)
-        other, _ = create_lycoris_from_weights(1.0, str(path), fresh)
+        other, _ = lycoris.create_lycoris_from_weights(1.0, str(path), fresh)
         for lora in other.loras:
             lora.to(dtype).eval()
         other.merge_to(1.0)
-        return fresh.it.weight.detach()
+        merged: Any = fresh.it
+        return merged.weight.detach()
 
     return Peer("LyCORIS", file, out, said(merged), reloaded, "lycoris")
 
 
 def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
-    import peft
-
+    peft: Any = import_module("peft")
     assert not isinstance(algebra.peft, str)
     config, options = algebra.peft
     wrapped = peft.get_peft_model(
@@ -450,13 +452,27 @@ def rows() -> list[list[str]]:
     return table
 
 
+TITLE = """# Every algebra beside lycoris-lora, PEFT and its closed formula
+
+{}, CPU; `python scripts/parity/algebras.py --output <this file>`
+
+A cell is the largest error relative to the largest value, float32 / float64. Files that the peer wrote are the inputs;
+"reload" is the peer's merge of the file that is written here against its merge of its own. A peer's ΔW is taken from
+its merged weight. In brackets stands what the peer itself gets wrong against the formula, or its own words where it
+refuses; the formula judges. Named causes: both peers' forwards of LoRA, LoHa, LoKr, OFT, GLoRA and full differences pad
+circular and reflecting convolutions with zeros; PEFT's leave out dilation; its OFT folds overlapping patches; LyCORIS
+merges LoHa and LoKr with alpha / rank twice (`get_diff_weight`), has DoRA to float32 rounding only, and cannot turn
+in float64.
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the table as Markdown to this file too")
     arguments = parser.parse_args()
     try:
-        import lycoris  # noqa: F401
-        import peft
+        import_module("lycoris")
+        peft: Any = import_module("peft")
     except ImportError as error:
         print(f"{error.name} is not installed: the table compares with its files. pip install 'lora-loaders[parity]'")
         return 2
@@ -466,9 +482,9 @@ def main() -> int:
     table = rows()
     if arguments.output:
         head = ["algebra", "layer", *(f"{name} {step}" for name in (*PEERS, "formula") for step in STEPS)]
-        lines = [head, ["---"] * len(head), *table]
-        arguments.output.write_text("\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n", "utf-8")
-        print(f"peft {peft.__version__}, torch {torch.__version__}")
+        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *table)]
+        versions = f"torch {torch.__version__}, peft {peft.__version__}, lycoris-lora {version('lycoris-lora')}"
+        arguments.output.write_text("\n".join([TITLE.format(versions), *lines]) + "\n", "utf-8")
     bad = [f"{row[0]}, {row[1]}" for row in table if any("**off**" in cell or "NOT" in cell for cell in row)]
     print(f"{len(table)} rows, {len(bad)} with a cell that is off" + "".join(f"\n  {row}" for row in bad))
     return bool(bad)
