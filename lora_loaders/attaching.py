@@ -14,6 +14,7 @@ from .adapter import BufferMover
 from .deltas import Delta
 from .errors import AdapterStateError
 from .gates import changing, exclusive
+from .joining import follow_parts
 from .layers.base_weight import adapter_device, adapter_dtype
 from .layers.kinds import PARAMETER
 from .layers.layer import AdapterLayer
@@ -113,8 +114,12 @@ def _apply(plan: AttachPlan, name: str, activate: bool, requires_grad: bool, dro
                     undo.states.append((layer, layer.active))
                     layer.active = (name,)
         refresh(layer for layer, _ in undo.states)
+        for component in plan.components:
+            follow_parts(plan.models[component])
     except BaseException:
         _take_back(undo, name)
+        for model in plan.models.values():
+            follow_parts(model)
         raise
 
 
@@ -211,6 +216,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
             assert parent is not None
             uninstall(parent, child, layer)
     refresh(kept)
+    follow_parts(model)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .deltas.base import computing
 from .errors import AdapterStateError, UnsupportedBaseError
 from .fuse_report import FuseReport, fuse_report
 from .gates import changing, exclusive
+from .joining import follow_parts
 from .layers.base_weight import BITS, Record, adapter_dtype, is_plain, read_original, read_weight, restore, rewrite
 from .layers.held import held, is_out_of_reach
 from .layers.layer import AdapterLayer
@@ -151,6 +152,7 @@ def fuse(
         if new:
             wanted.append((layer, {**(layer.fused.coefficients if layer.fused else {}), **new}))
     _rewrite(wanted, safe_fusing)
+    follow_parts(model)
     report = fuse_report(layer for layer, _ in wanted)
     if report.quantised:
         message = "fused into %d quantised layers of %s: quantising again lost %.0f %% of the change"
@@ -176,6 +178,7 @@ def unfuse(model: nn.Module, names: Sequence[str] | None = None) -> None:
             if keep != layer.fused.coefficients:
                 wanted.append((layer, keep))
     _rewrite(wanted, safe_fusing=False)
+    follow_parts(model)
 
 
 FusedState = list[tuple[AdapterLayer, dict[str, float]]]
@@ -196,8 +199,9 @@ def all_or_none(models: Iterable[nn.Module]) -> Generator[None]:
         try:
             yield
         except BaseException:
-            for state in before:
+            for model, state in zip(models, before, strict=True):
                 _rewrite(state, safe_fusing=False)
+                follow_parts(model)
             raise
 
 

@@ -1,7 +1,7 @@
 """Planning: the module of every delta is found and everything is checked, and nothing is touched."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .deltas import Delta, LoraDelta
 from .errors import AdapterMismatchError
+from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
 from .layers.kinds import PARAMETER, Kind, kind_of
 from .layout import ModelLayout, base_of
@@ -128,7 +129,7 @@ def plan_adapter(
     problems: list[str] = []
     unmatched: dict[str, str] = {}
     absent: dict[str, str] = {}
-    for component, path, delta in adapter.modules():
+    for component, path, delta in _parts_of(adapter, models):
         found = layout.module(component, path)
         if found is None:
             label = f"{component}.{path}"
@@ -156,6 +157,14 @@ def plan_adapter(
             ignored[key] = reasons[0]
     ignored |= {key: unmatched[f"{m.component}.{m.name}"] for m in adapter.unresolved for key in m.keys}
     return AttachPlan(adapter, models, tuple(bindings), unmatched, ignored, tuple(problems))
+
+
+def _parts_of(adapter: Adapter, models: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, Delta]]:
+    """Every delta, those of joined projections part by part."""
+    for component, path, delta in adapter.modules():
+        model = models.get(component)
+        for own_path, own in parted(model, path, delta) if model is not None else ((path, delta),):
+            yield component, own_path, own
 
 
 def _name_nearest(unmatched: dict[str, str], layout: ModelLayout, adapter: Adapter) -> None:

@@ -38,12 +38,13 @@ BELOW: dict[str, set[str]] = {
     # A live model's names are flattened by the same rule as those of a file.
     "layout": LIVE,
     "widening": LIVE | {"layout"},
-    "plans": LIVE | {"layout", "widening"},
+    "plans": LIVE | {"layout", "widening", "joining"},
+    "joining": LIVE,
     "offloading": LIVE | {"layout"},
     "gates": LIVE | {"layout", "offloading"},
-    "attaching": LIVE | {"gates", "layout", "plans", "widening"},
+    "attaching": LIVE | {"gates", "layout", "plans", "widening", "joining"},
     "fuse_report": LIVE,
-    "fusing": LIVE | {"attaching", "fuse_report", "gates", "layout", "plans", "widening"},
+    "fusing": LIVE | {"attaching", "fuse_report", "gates", "layout", "plans", "widening", "joining"},
 }
 # A layer that is written to tells its slots, which are built on layers: imported when it happens.
 LATE = [("layers/layer.py", "layers/slots.py")]

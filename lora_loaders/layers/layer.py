@@ -138,10 +138,9 @@ class AdapterLayer(nn.Module):
         for slot in template.tensors():
             container, leaf = place_of(template, slot)
             entries: Any = self._modules[container]
-            tensor = entries._modules[name]._parameters[leaf] if leaf else entries[name]
-            if tensor.is_meta:
-                tensor = held(entries._modules[name], leaf) if leaf else held(entries, name)
-            tensors[slot] = tensor
+            owner, key = (entries._modules[name], leaf) if leaf else (entries, name)
+            tensor = owner._parameters[key]
+            tensors[slot] = held(owner, key) if tensor.is_meta else tensor
         return tensors
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
@@ -239,13 +238,19 @@ class AdapterLayer(nn.Module):
         """The base layer's output plus what the active adapters add."""
         if self._is_trained():
             return self._forward_trained(x, *args, **kwargs)
-        if self._stale or (not torch.compiler.is_compiling() and self._edits() != self._versions):
+        if self._is_behind():
             self._rewrite_slot()
+        wide = x if self.slot_in_gain is None else self._along(x, 1 + self.shared.scale * self.slot_in_gain, x)
+        return self.add_to(self.base_layer(wide, *args, **kwargs), x)
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether `add_to` is all that this layer does to its base's output."""
+        return not (self._is_trained() or self._is_behind() or self.slot_in_gain is not None)
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """The base layer's output with what the slot holds for this input."""
         scale = self.shared.scale
-        wide = x
-        if self.slot_in_gain is not None:
-            wide = self._along(x, 1 + scale * self.slot_in_gain, x)
-        out = self.base_layer(wide, *args, **kwargs)
         if self.slot_out_gain is not None:
             out = self._along(out, 1 + scale * self.slot_out_gain, out)
         if self.slot_bias is not None:
@@ -268,6 +273,9 @@ class AdapterLayer(nn.Module):
                 return True
         return False
 
+    def _is_behind(self) -> bool:
+        return self._stale or (not torch.compiler.is_compiling() and self._edits() != self._versions)
+
     def _edits(self) -> int:
         """How often the contributing parameters were written in place (EMA, scaling by hand): the slot is a copy."""
         edits = 0
@@ -276,7 +284,6 @@ class AdapterLayer(nn.Module):
                 edits += parameter._version
         return edits
 
-    @torch.no_grad()
     def _rewrite_slot(self) -> None:
         from .slots import refresh  # which is built on this module
 
@@ -313,13 +320,11 @@ class AdapterLayer(nn.Module):
         self._stale = True  # an optimiser changes the parameters behind the slot's back
         plain = out = self.base_layer(x, *args, **kwargs)
         for name, weight in self.contributing:
-            coefficient = weight * self.shared.scale
-            out = out + coefficient * self._contribution(name, x, plain).to(plain.dtype)
+            out = out + weight * self.shared.scale * self._contribution(name, x, plain).to(plain.dtype)
         return out
 
     def _contribution(self, name: str, x: Tensor, out: Tensor) -> Tensor:
-        delta = self.delta(name)
-        dropout = self.dropouts[name]
+        delta, dropout = self.delta(name), self.dropouts[name]
         given = F.dropout(x, dropout, self.training) if dropout and x.is_floating_point() else x
         bias = delta.delta_bias(original_bias(self.base_layer, self.fused))
         if delta.shape is None:
@@ -347,8 +352,7 @@ class AdapterLayer(nn.Module):
             gained = self._along(given, factors.in_gain, given)
             added = added + self.kind.op(self.base_layer, gained, read_weight(self.base_layer).to(down.dtype))
         if factors.out_gain is not None:
-            bias = self.bias
-            plain = out if bias is None else out - self._shaped(bias, out)
+            plain = out if self.bias is None else out - self._shaped(self.bias, out)
             added = added + self._along(plain, factors.out_gain, plain)
         return added
 

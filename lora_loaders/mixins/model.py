@@ -17,6 +17,8 @@ from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents, read
 from lora_loaders.fuse_report import FuseReport
+from lora_loaders.gates import changing
+from lora_loaders.joining import follow_parts
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
@@ -222,6 +224,15 @@ class LoraModelMixin(nn.Module):
         """Take the adapters out, fused ones too, and return the plain model."""
         activity.unload(self, keep_fused=False)
         return self
+
+    # Joined projections
+
+    def fuse_qkv_projections(self) -> None:
+        """diffusers' own; the joined projections heed the adapters on their parts, and those that come."""
+        join: Callable[[], None] = super().fuse_qkv_projections  # type: ignore[misc]
+        with changing([self], reads_bases=True):
+            join()
+            follow_parts(self)
 
     # Plain files
 
