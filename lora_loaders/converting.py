@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from .adapter import Adapter
 from .conversion import Source, parse
 from .errors import ConversionError
+from .families import FAMILIES, Family
 from .files import read
 from .locating import HubOptions
 from .writing import write_adapter
@@ -26,6 +28,7 @@ def convert(
     overwrite: bool = True,
     use_safetensors: bool | None = None,
     hub: HubOptions | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Path:
     """Read any spelling and write another; see `read_adapter` and `write_adapter`.
 
@@ -38,7 +41,9 @@ def convert(
     if isinstance(source, Adapter):
         adapter = source
     else:
-        adapter = parse(read(source, hub, allow_pickle=use_safetensors is False, lazily=True), family)
+        adapter = parse(
+            read(source, hub, allow_pickle=use_safetensors is False, lazily=True), family, families=families
+        )
     if adapter.unresolved:
         raise ConversionError(
             f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
@@ -49,4 +54,4 @@ def convert(
     if adapter.ignored:
         reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])
         logger.warning("%s: %d keys are left out: %s", adapter.source, len(adapter.ignored), reasons)
-    return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite)
+    return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite, families=families)

@@ -90,6 +90,7 @@ def write_adapter(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
+    families: Sequence[Family] = FAMILIES,
 ) -> Path:
     """Write an adapter in any spelling, whole or not at all.
 
@@ -100,6 +101,7 @@ def write_adapter(
         format: see `lora_loaders.formats`.
         dtype: floating dtype to write in; as it is by default.
         overwrite: whether an existing file may be replaced.
+        families: where the adapter's family is looked up; pass your own beside `FAMILIES` to add one.
 
     Returns:
         The path of the file.
@@ -119,7 +121,7 @@ def write_adapter(
             mend="Choose another name, or allow overwriting.",
             state="Nothing was written.",
         )
-    tensors, metadata, config = to_tensors(adapter, format)
+    tensors, metadata, config = to_tensors(adapter, format, families=families)
     if format == "indexed":
         metadata |= indexed_metadata(adapter)
     with ExitStack() as stack:

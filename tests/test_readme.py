@@ -33,6 +33,22 @@ def test_check_fails_on_a_stale_table_and_a_rewrite_mends_it(compatibility: Modu
     assert readme.read_text("utf-8") == README
 
 
+@pytest.fixture
+def family_pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return import_module("family_pages")
+
+
+def test_pages_of_the_families_are_fresh(family_pages: ModuleType, tmp_path: Path) -> None:
+    assert family_pages.main(["--check"]) == 0, "run scripts/family_pages.py"
+    assert family_pages.main(["--check"], tmp_path) == 1
+    assert family_pages.main([], tmp_path) == 0
+    (tmp_path / "gone.md").write_text("a family that was taken out")
+    assert family_pages.main(["--check"], tmp_path) == 1
+    assert family_pages.main([], tmp_path) == 0
+    assert family_pages.main(["--check"], tmp_path) == 0
+
+
 def test_every_format_is_shown_with_a_key_of_its_own(compatibility: ModuleType) -> None:
     keys = [compatibility.example_key(form) for form in lora_loaders.FORMATS]
     assert len(set(keys)) == len(keys)

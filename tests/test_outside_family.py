@@ -1,0 +1,88 @@
+"""A family from outside the package: one table, and no other line."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import lora_loaders as ll
+from lora_loaders.families import Family, Names, Shape
+
+YOURS = Family(
+    name="yours",
+    components={
+        "transformer": Names(
+            """
+img_in -> embed
+[layers.{i} -> blocks.{i}]
+  att.qkv -> attn.to_q | attn.to_k | attn.to_v ; att.out -> attn.to_out.0
+  mod -> norm.linear ~
+"""
+        )
+    },
+    model_classes=("YoursTransformer",),
+    shapes=(Shape("transformer", "embed", (8, 4)),),
+)
+FAMILIES = (*ll.FAMILIES, YOURS)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.to_out = nn.ModuleList([nn.Linear(8, 8)])
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm = Attention(), nn.ModuleDict({"linear": nn.Linear(8, 16)})
+
+
+class YoursTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(4, 8), nn.ModuleList([Block()])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    sizes = {"img_in": (8, 4), "layers_0_att_qkv": (24, 8), "layers_0_att_out": (8, 8), "layers_0_mod": (16, 8)}
+    torch.manual_seed(0)
+    tensors = {f"lora_unet_{name}.lora_down.weight": torch.randn(2, columns) for name, (_, columns) in sizes.items()}
+    tensors |= {f"lora_unet_{name}.lora_up.weight": torch.randn(rows, 2) for name, (rows, _) in sizes.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "kohya.safetensors")
+    return tmp_path / "kohya.safetensors"
+
+
+def test_its_files_are_told_and_read(file: Path) -> None:
+    adapter = ll.read_adapter(file, families=FAMILIES)
+    tensors = safetensors.torch.load_file(file)
+    assert (adapter.family, adapter.components, adapter.unresolved) == ("yours", {"transformer": 6}, ())
+    up, down = (tensors[f"lora_unet_layers_0_mod.lora_{end}.weight"] for end in ("up", "down"))
+    found = adapter.deltas["transformer"]["blocks.0.norm.linear"].delta_weight()
+    torch.testing.assert_close(found, torch.cat([up[8:], up[:8]]) @ down)
+
+
+def test_its_files_are_converted_and_come_back(file: Path) -> None:
+    folder = file.parent
+    for source, target in (("kohya", "original"), ("original", "diffusers"), ("diffusers", "back")):
+        form = "kohya" if target == "back" else target
+        ll.convert(folder / f"{source}.safetensors", folder / f"{target}.safetensors", format=form, families=FAMILIES)
+    before, after = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("kohya", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_its_adapter_loads_into_a_live_model(file: Path) -> None:
+    model = YoursTransformer()
+    plan = ll.plan(model, ll.read_adapter(file, families=FAMILIES))
+    assert len(plan.matched) == 6
+    assert not plan.problems
+    assert not plan.unmatched
+
+
+def test_without_the_table_its_names_are_nobodys(file: Path) -> None:
+    assert ll.read_adapter(file).family != "yours"
