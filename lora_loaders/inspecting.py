@@ -13,7 +13,8 @@ from .deltas import Delta, DoraDelta, LoraDelta, SparseDelta
 from .detection import rank_families
 from .files import Contents, read
 from .formats import read_modules
-from .locating import HubOptions, locate
+from .locating import HubOptions, is_remote, locate
+from .remote import read_remote_header
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Inspection:
 
     Attributes:
         path: the file, downloaded if it came from the Hub.
-        size: bytes on disk.
+        size: bytes on disk; those of the tensors for a file on the Hub.
         format: its spelling.
         family: the model family it was read as, None if none knows its names.
         other_families: families whose names and shapes fit equally well.
@@ -92,6 +93,23 @@ def open_contents(
     return read(path, allow_pickle=allow_pickle, lazily=True), path
 
 
+def open_header(
+    source: str | os.PathLike[str], hub: HubOptions | None = None, *, allow_pickle: bool = False
+) -> tuple[Contents, Path]:
+    """As `open_contents`, but of a Hub file that is not in the cache only the header is fetched.
+
+    Its tensors are on the meta device then, and its alphas are not known.
+
+    Raises:
+        AdapterFileError: see `files.read`.
+    """
+    hub = hub or HubOptions()
+    if allow_pickle or not is_remote(source, hub):
+        return open_contents(source, hub, allow_pickle=allow_pickle)
+    contents = read_remote_header(str(source), hub)
+    return contents, Path(contents.label)
+
+
 def inspect_contents(contents: Contents, path: Path, family: str | None = None) -> Inspection:
     """Gather the facts of a file.
 
@@ -107,12 +125,12 @@ def inspect_contents(contents: Contents, path: Path, family: str | None = None) 
     tensors = contents.tensors
     return Inspection(
         path=str(path),
-        size=path.stat().st_size,
+        size=path.stat().st_size if path.is_file() else sum(tensor.nbytes for tensor in tensors.values()),
         format=adapter.format,
         family=adapter.family,
         other_families=tuple(name for name in likely_families(contents) if name != adapter.family),
         modules=sum(adapter.components.values()) + len(adapter.unresolved),
-        groups=tuple(_groups(adapter)),
+        groups=tuple(_groups(adapter, unread=any(t.is_meta for t in tensors.values()))),
         tensors=len(tensors),
         parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")),
         dtypes=_histogram(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
@@ -130,7 +148,7 @@ def likely_families(contents: Contents) -> list[str]:
     return [family.name for score, family in ranking if score.names and score == ranking[0][0]]
 
 
-def _groups(adapter: Adapter) -> Iterable[Group]:
+def _groups(adapter: Adapter, *, unread: bool) -> Iterable[Group]:
     """By component and algebra: denoisers before encoders, modules of unknown names last, large groups first."""
     rows: dict[tuple[str, bool, str], list[Delta]] = {}
     for component, _, delta in adapter.modules():
@@ -150,9 +168,14 @@ def _groups(adapter: Adapter) -> Iterable[Group]:
             algebra,
             len(deltas),
             ranks=_histogram(delta.rank for delta in deltas),
-            alphas=_histogram(delta.alpha_value for delta in deltas),
-            scalings=_histogram(_scaling(delta) for delta in deltas),
+            alphas=_histogram(_known(delta.alpha_value, unread) for delta in deltas),
+            scalings=_histogram(_known(_scaling(delta), unread and delta.alpha_value is not None) for delta in deltas),
         )
+
+
+def _known(value: float | None, unread: bool) -> float | str | None:
+    """The value, unless it comes from an alpha of which only the header was read."""
+    return "not read" if unread and value is not None else value
 
 
 def _algebra(delta: Delta) -> str:

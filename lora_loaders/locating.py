@@ -57,6 +57,21 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def is_remote(source: str | os.PathLike[str], hub: HubOptions) -> bool:
+    """Whether a Hub file is meant that would have to be downloaded."""
+    if Path(source).exists() or not _is_hub_id(str(source)):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import is_offline_mode
+
+    if hub.local_files_only or is_offline_mode():
+        return False
+    start = f"{hub.subfolder}/" if hub.subfolder else ""
+    names = DEFAULT_NAMES if hub.weight_name is None else (hub.weight_name,)
+    hits = [try_to_load_from_cache(str(source), start + name, hub.cache_dir, hub.revision) for name in names]
+    return not any(isinstance(hit, str) for hit in hits)
+
+
 def _is_hub_id(source: str) -> bool:
     parts = source.split("/")
     return (

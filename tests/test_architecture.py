@@ -22,6 +22,7 @@ BELOW: dict[str, set[str]] = {
     "locating": {"errors"},
     "lazy": {"errors"},
     "files": {"errors", "lazy", "locating"},
+    "remote": {"errors", "files", "locating"},
     "deltas": {"errors"},
     "adapter": {"deltas", "errors"},
     "peft_types": {"deltas", "errors"},

@@ -5,7 +5,7 @@ import json
 import typer
 from rich.console import Console
 
-from lora_loaders.inspecting import inspect_contents, open_contents
+from lora_loaders.inspecting import inspect_contents, open_header
 from lora_loaders.locating import HubOptions
 
 from .options import AllowPickle, AsJson, FamilyName, Revision, SourceArgument, Subfolder, Token, WeightName
@@ -23,7 +23,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a file holds: format, family, algebras, ranks, alphas, sizes, metadata."""
-    contents, path = open_contents(file, HubOptions(weight_name, subfolder, revision, token), allow_pickle=allow_pickle)
+    contents, path = open_header(file, HubOptions(weight_name, subfolder, revision, token), allow_pickle=allow_pickle)
     facts = inspect_contents(contents, path, family)
     if as_json:
         typer.echo(json.dumps(facts.as_json(), indent=2))

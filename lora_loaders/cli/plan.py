@@ -17,7 +17,7 @@ from lora_loaders.detection import family_named
 from lora_loaders.errors import LoraLoadersError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents
-from lora_loaders.inspecting import likely_families, open_contents
+from lora_loaders.inspecting import likely_families, open_header
 from lora_loaders.loading import family_of, layout_of, may_widen, plan_contents
 from lora_loaders.locating import HubOptions
 from lora_loaders.plans import AttachPlan
@@ -39,7 +39,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Tell what would match in a model, without loading any weights; exit code 1 if not everything fits."""
-    contents, _ = open_contents(file, HubOptions(weight_name, subfolder, revision, token), allow_pickle=allow_pickle)
+    contents, _ = open_header(file, HubOptions(weight_name, subfolder, revision, token), allow_pickle=allow_pickle)
     outcome, unchecked = _plan(contents, model, component, family_named(family) if family else None)
     fits = bool(outcome.bindings) and not outcome.problems and not outcome.unmatched
     likely = [] if outcome.bindings else likely_families(contents)
@@ -110,4 +110,5 @@ def _plan_facts(plan: AttachPlan, unchecked: Mapping[str, int], likely: Sequence
         "problems": list(plan.problems),
         "ignored": dict(plan.ignored),
         "unchecked": dict(unchecked),
+        "keys": plan.keys,
     }
