@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import without_layers
-from lora_loaders.errors import AdapterStateError
+from lora_loaders.combining.weighted import weighted_adapter
+from lora_loaders.errors import AdapterStateError, ConversionError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents, read
 from lora_loaders.fuse_report import FuseReport
 from lora_loaders.gates import changing
 from lora_loaders.joining import follow_parts
+from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
@@ -129,6 +131,43 @@ class LoraModelMixin(nn.Module):
         component, _ = self._lora_component(None)
         config = add_adapter(self, adapter_config, adapter_name, component)
         register(self, adapter_name, config)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Attach a new adapter made of several, with PEFT's arguments; which are active stays as it was.
+
+        `svd_full_matrices` and `svd_driver` change nothing of the result and are not needed; see
+        `combining.weighted.weighted_adapter` for the ways.
+
+        Raises:
+            AdapterStateError: the name is taken, or an adapter is not there.
+            ConversionError: adapters that this way cannot combine.
+        """
+        if adapter_name in adapter_names(self):
+            raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        if svd_clamp is not None:
+            raise ConversionError("svd_clamp is not supported: clamped factors are no best approximation")
+        names = activity.names_of(adapters)
+        activity.require(names, adapter_names(self))
+        component, family = self._lora_component(None)
+        settings: dict[str, Any] = {"rank": svd_rank, "density": density, "majority": majority_sign_method}
+        made = weighted_adapter({component: self}, names, weights, combination_type, family, **settings)
+        active, shared = activity.active_names(self), shared_of(self)
+        enabled = shared is None or shared.enabled
+        load({component: self}, made, name=adapter_name, family=family)
+        activity.choose(self, active)
+        activity.enable(self, enabled)
 
     # Switching
 
