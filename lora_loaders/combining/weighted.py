@@ -54,7 +54,8 @@ def weighted_adapter(
         raise ConversionError(
             f"no combination {combination!r}", mend=f"There are {', '.join(COMBINATIONS)}.", state=UNCHANGED
         )
-    method: Method = next((m for m in METHODS if m == combination.removesuffix("_svd")), "linear")
+    plain: dict[str, Method] = {method: method for method in METHODS}
+    method = plain.get(combination.removesuffix("_svd"), "linear")
     if method != "linear" and density is None:
         raise ConversionError(f"{combination} prunes: give density=…", state=UNCHANGED)
     adapters = [capture(models, name, family) for name in names]
