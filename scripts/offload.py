@@ -63,7 +63,7 @@ def file(model: nn.Module, seed: int, kind: str = "lora") -> dict[str, Tensor]:
 
 def grouped(**options: Any) -> Callable[[nn.Module, torch.device, Path], None]:
     def switch_on(model: nn.Module, device: torch.device, folder: Path) -> None:
-        disk = {"offload_to_disk_path": str(folder)} if options.get("disk") else {}
+        disk: dict[str, Any] = {"offload_to_disk_path": str(folder)} if options.get("disk") else {}
         given = {name: value for name, value in options.items() if name != "disk"}
         apply_group_offloading(model, device, num_blocks_per_group=1, **given, **disk)
 
@@ -141,7 +141,7 @@ def check(mode: str, first: str, device: torch.device, folder: Path) -> tuple[fl
         for _ in range(2):
             worst = max(worst, (float((run(model, device) - wanted).norm() / wanted.norm()), name))
     worst = max(worst, (float((run(model, device) - untouched).norm() / untouched.norm()), "after all"))
-    return *worst, hooks_of(model) == hooks
+    return worst[0], worst[1], hooks_of(model) == hooks
 
 
 def check_parking(device: torch.device) -> bool:
