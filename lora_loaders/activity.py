@@ -120,13 +120,14 @@ def delete(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @exclusive()
-def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
+def unload(model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool = False) -> None:
     """Take all adapters out.
 
     Args:
         model: the model.
         keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in for
             good (the record for unfusing goes).
+        keep_wide: whether input layers that a Control file widened stay wide.
 
     Raises:
         AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
@@ -142,6 +143,9 @@ def unload(model: nn.Module, *, keep_fused: bool | None = None) -> None:
         for _, layer in adapter_layers(model):
             if layer.fused is not None and layer.fused.coefficients:
                 layer.fused, layer.narrow_bases = None, ()  # a widened layer stays wide with what is fused
+    if keep_wide:
+        for _, layer in adapter_layers(model):
+            layer.narrow_bases = ()
     delete(model, adapter_names(model))
 
 

@@ -190,7 +190,7 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
     sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
     targets = [part[: t.numel()].view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-    torch._foreach_copy_(targets, [move(tensor) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
+    torch._foreach_copy_(targets, [move(tensor.detach()) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
     return targets
 
 

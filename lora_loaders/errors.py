@@ -8,6 +8,7 @@ LoraLoadersError
 │  └─ UnsafeFileError                 a pickle, without leave to read it
 ├─ ConversionError (ValueError)       what a target format cannot say, and which modules
 ├─ AdapterMismatchError (ValueError)  adapter against model; `.problems` holds every one
+│  └─ NothingFitsError                nothing in the adapter has a place in the model
 ├─ AdapterStateError (ValueError)     no such adapter, name taken, fused and must not be
 └─ UnsupportedBaseError (TypeError)   a base layer that cannot carry or merge this
 """
@@ -65,6 +66,10 @@ class ConversionError(LoraLoadersError, ValueError):
 
 class AdapterMismatchError(LoraLoadersError, ValueError):
     """The adapter does not fit the model."""
+
+
+class NothingFitsError(AdapterMismatchError):
+    """Nothing in the adapter has a place in the model."""
 
 
 class AdapterStateError(LoraLoadersError, ValueError):

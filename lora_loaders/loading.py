@@ -1,7 +1,7 @@
 """One load, from a source to attached layers: read, plan all components, check, apply, report."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from .adapter import Adapter
 from .attaching import apply, detach_adapters
 from .conversion import parse, with_live_names
 from .detection import rank_families
-from .errors import AdapterMismatchError, AdapterStateError
+from .errors import AdapterMismatchError, AdapterStateError, NothingFitsError
 from .families import FAMILIES, Family
 from .files import Contents
 from .formats import NO_SUFFIX, read_modules
@@ -20,10 +20,12 @@ from .gates import changing, unwatch_forwards, versions, watch_forwards
 from .integrations.equipping import is_equipped
 from .integrations.scale import unwatch_scale, watch_scale
 from .layout import ModelLayout, adapter_layers, shared_of
-from .plans import AttachPlan, plan_adapter
+from .plans import AttachPlan, Binding, plan_adapter
 from .tuning.config import LoraConfig, config_of
 
 logger = logging.getLogger(__name__)
+CONFIGS, LOADED = "peft_config", "_hf_peft_config_loaded"
+"""Attributes of a model by which diffusers, transformers and PEFT know its adapters."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class LoadReport:
         unmatched: `component.path` or name in the file -> why it has no place.
         ignored: key in the file -> why it was left out.
         embeddings: learned tokens that the file brings; load them with `load_textual_inversion`.
+        widened: `component.path` of input layers that a Control file made wider.
+        padded: `component.path` of modules whose adapter was filled up with zeros, for a layer that is wider.
+        norms: `component.path` of norms whose weight or bias the adapter changes.
     """
 
     adapter_name: str
@@ -47,6 +52,9 @@ class LoadReport:
     unmatched: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: Mapping[str, str] = field(default_factory=dict[str, str])
     embeddings: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -135,26 +143,43 @@ def load(
         for component, config in configs.items():
             register(models[component], chosen, config)
     _tell(plan, chosen)
-    embeddings = tuple(plan.adapter.embeddings)
-    return LoadReport(chosen, plan.family, plan.format, plan.components, plan.unmatched, plan.ignored, embeddings)
+    return _report(plan, chosen)
+
+
+def _report(plan: AttachPlan, name: str) -> LoadReport:
+    def where(is_meant: Callable[[Binding], bool]) -> tuple[str, ...]:
+        return tuple(f"{binding.component}.{binding.path}" for binding in plan.bindings if is_meant(binding))
+
+    return LoadReport(
+        name,
+        plan.family,
+        plan.format,
+        plan.components,
+        plan.unmatched,
+        plan.ignored,
+        embeddings=tuple(plan.adapter.embeddings),
+        widened=where(lambda binding: binding.widens),
+        padded=where(lambda binding: binding.pads),
+        norms=where(lambda binding: binding.kind.name == "norm"),
+    )
 
 
 def register(model: nn.Module, name: str, config: LoraConfig) -> None:
     """Note an adapter where diffusers and PEFT look for it, and let the model's forward take a scale."""
-    model.__dict__.setdefault("peft_config", {})[name] = config
-    model.__dict__["_hf_peft_config_loaded"] = True
+    model.__dict__.setdefault(CONFIGS, {})[name] = config
+    model.__dict__[LOADED] = True
     watch_scale(model)
     watch_forwards(model)
 
 
 def unregister(model: nn.Module, name: str) -> None:
     """Undo `register`; after the last adapter the gradients, hooks and flags of before are back."""
-    configs: dict[str, LoraConfig] = model.__dict__.get("peft_config", {})
+    configs: dict[str, LoraConfig] = model.__dict__.get(CONFIGS, {})
     configs.pop(name, None)
     if configs:
         return
-    model.__dict__.pop("peft_config", None)
-    model.__dict__.pop("_hf_peft_config_loaded", None)
+    model.__dict__.pop(CONFIGS, None)
+    model.__dict__.pop(LOADED, None)
     if not is_equipped(model):
         unwatch_forwards(model)
     shared = shared_of(model)
@@ -167,7 +192,7 @@ def unregister(model: nn.Module, name: str) -> None:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters on a model, in the order they came."""
-    configs: Mapping[str, LoraConfig] = model.__dict__.get("peft_config", {})
+    configs: Mapping[str, LoraConfig] = model.__dict__.get(CONFIGS, {})
     return list(configs)
 
 
@@ -214,7 +239,7 @@ def _check_family(models: Mapping[str, nn.Module], contents: Contents, family: F
     score, likely = rank_families(denoising, contents.tensors)[0]
     if score.names > 0.5:
         classes = ", ".join(type(model).__name__ for model in models.values())
-        raise AdapterMismatchError(
+        raise NothingFitsError(
             f"adapter {name!r} ({spelling}; {contents.label}) is for {likely.name}: nothing in it fits {classes}",
             problems=[f"{module.name}: no such name in {family.name}" for module in denoising],
             mend=f"Load it into a pipeline of {likely.name}.",
@@ -229,10 +254,10 @@ def _check_plan(plan: AttachPlan, name: str, family: Family | None, contents: Co
         return
     if not plan.bindings and plan.adapter.embeddings and not plan.adapter.deltas:
         what = f"{plan.adapter.source} holds learned tokens only"
-        raise AdapterMismatchError(what, mend="Load it with load_textual_inversion.", state="Nothing was changed.")
+        raise NothingFitsError(what, mend="Load it with load_textual_inversion.", state="Nothing was changed.")
     classes = ", ".join(type(model).__name__ for model in plan.models.values())
     count = len(plan.unmatched) + len(unread)
-    raise AdapterMismatchError(
+    raise (AdapterMismatchError if plan.bindings else NothingFitsError)(
         f"adapter {name!r} ({plan.adapter.describe()}; {plan.adapter.source}): "
         + (f"{count} modules or keys have no place in {classes}" if plan.bindings else f"nothing in it fits {classes}"),
         problems=[f"{label}: {reason}" for label, reason in {**plan.unmatched, **unread}.items()],

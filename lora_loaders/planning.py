@@ -11,7 +11,7 @@ from .adapter import Adapter
 from .files import Contents, read
 from .loading import family_of, may_widen, plan_contents
 from .locating import HubOptions
-from .mixins.pipeline import LoraPipelineMixin
+from .mixins.pipeline import components_of
 from .plans import AttachPlan
 
 
@@ -40,8 +40,7 @@ def plan(
         family = family_of(target)
         models: Mapping[str, nn.Module] = {component or (family.denoiser if family else "transformer"): target}
     else:
-        # The mixin's own view, for pipelines that do not carry it.
-        models = LoraPipelineMixin.lora_components.fget(target)  # type: ignore[misc]
+        models = components_of(target)
         family = next((f for model in models.values() if (f := family_of(model)) is not None), None)
     if isinstance(adapter, Adapter):
         contents: Contents | Adapter = adapter

@@ -29,6 +29,7 @@ class Binding:
     kind: Kind
     delta: Delta
     widens: bool = False
+    pads: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,8 @@ def _bind(
     if widenable and len(shape) == len(own) == 2 and shape[0] == own[0]:
         if shape[1] < own[1] and isinstance(delta, LoraDelta):
             padding = delta.down.new_zeros(delta.down.shape[0], own[1] - shape[1])
-            return Binding(
-                component, path, module, kind, replace(delta, down=torch.cat([delta.down, padding], 1))
-            ), None
+            padded = replace(delta, down=torch.cat([delta.down, padding], 1))
+            return Binding(component, path, module, kind, padded, pads=True), None
         if shape[1] > own[1]:
             if may_widen:
                 hindrance = hinders_widening(module)

@@ -1,17 +1,42 @@
 """From attached layers back to an `Adapter`, ready to be written."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import Adapter
+from .attaching import without_layers
 from .deltas import Delta
 from .errors import AdapterStateError
 from .families import Family
+from .fusing import fused_adapters
 from .gates import changing
 from .layout import adapter_layers
-from .loading import adapter_names
+from .loading import CONFIGS, LOADED, adapter_names
 from .tuning.config import LoraConfig
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Generator[None]:
+    """The model without adapters and their traces for as long as the block lasts: it saves under its plain keys."""
+    fused = fused_adapters(model)
+    left_out = [name for name in adapter_names(model) if name not in fused]
+    if left_out:
+        logger.warning(
+            "%s is saved without its adapters %s: save_lora_weights writes them, fuse_lora puts them into the weights",
+            type(model).__name__,
+            ", ".join(left_out),
+        )
+    traces = {key: model.__dict__.pop(key) for key in (CONFIGS, LOADED) if key in model.__dict__}
+    try:
+        with without_layers(model):
+            yield
+    finally:
+        model.__dict__.update(traces)
 
 
 def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | None) -> Adapter:
@@ -50,3 +75,30 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
         metadata |= config.metadata
         own_family = own_family or config.family
     return Adapter(deltas, family=own_family, metadata=metadata, source=f"the loaded adapter {chosen!r}")
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's names (`to_q.lora_A.weight`), sharing memory with the live ones.
+
+    `save_lora_weights(transformer_lora_layers=…)` takes this, and PEFT's `get_peft_model_state_dict` gives the same.
+
+    Raises:
+        AdapterStateError: no such adapter.
+    """
+    layers = [(path, layer) for path, layer in adapter_layers(model) if adapter_name in layer.templates]
+    if not layers:
+        raise AdapterStateError(
+            f"no adapter {adapter_name!r} is loaded", problems=[f"loaded: {other}" for other in adapter_names(model)]
+        )
+    found: dict[str, Tensor] = {}
+    for path, layer in layers:
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            container, _, rest = name.partition(".")
+            if container != "base_layer" and (rest == adapter_name or rest.startswith(f"{adapter_name}.")):
+                leaf = rest.removeprefix(adapter_name)
+                found[f"{path}.{container}" + ("" if container == MAGNITUDE else leaf)] = parameter.detach()
+    return found
+
+
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT writes this one without `.weight`."""

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -105,8 +106,7 @@ def by_path(weight: Any, paths: Sequence[str]) -> dict[str, float]:
         return {path: _unet_weight(weight, path) for path in paths}
     result = dict.fromkeys(paths, 1.0)
     for key, value in sorted(((str(key), value) for key, value in weight.items()), key=lambda item: len(item[0])):
-        pattern = _beginning(key)
-        hits = [path for path in paths if path.startswith(f"{key}.") or pattern.match(path)]
+        hits = [path for path in paths if is_under(path, key)]
         if not hits:
             raise AdapterStateError(
                 f"adapter_weights: no adapted module is under {key!r}",
@@ -117,6 +117,16 @@ def by_path(weight: Any, paths: Sequence[str]) -> dict[str, float]:
     return result
 
 
+def is_under(path: str, key: str) -> bool:
+    """Whether a path begins with these whole parts, or with what this regular expression means.
+
+    Raises:
+        AdapterStateError: the key is neither.
+    """
+    return path.startswith(f"{key}.") or _beginning(key).match(path) is not None
+
+
+@cache
 def _beginning(key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(?:{key})(?:\.|$)")

@@ -88,6 +88,8 @@ STYLE_OF: Mapping[str, Style] = {
 SLOTTED = re.compile(
     r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
 )
+# Whole norm weights beside the pairs, as diffusers writes the ones of a BFL control file.
+REPLACED = re.compile(r"\.norm_(?:added_)?[qk]\.weight$")
 
 # Prefix -> the component that it names; "" names none, and "denoiser" and "te1" wait for the family.
 PREFIXES: Mapping[str, str] = {
@@ -212,6 +214,8 @@ def split_key(key: str) -> Key | None:
     if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
         slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))
         return Key(*split_prefix(key[: slotted.start()]), slot, "peft", slotted[2])
+    if slot == "weight" and REPLACED.search(key):
+        slot = "set_weight"
     return None if slot is None else Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
 
 
@@ -251,4 +255,6 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
             module.repeated[split.slot] = key
         else:
             module.keys[split.slot] = key
-    return list(modules.values()), left, parsed
+    lone = {name for name, module in modules.items() if module.keys.keys() == {"weight"}}
+    left |= {modules[name].keys["weight"]: NO_SUFFIX for name in lone}  # any checkpoint's weights are spelled so
+    return [module for name, module in modules.items() if name not in lone], left, parsed

@@ -5,6 +5,9 @@ the scale out before that decorator sees it, so both cases behave alike; 0.0 mea
 error.
 """
 
+import inspect
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,6 +15,7 @@ from torch import nn
 from lora_loaders.layers.shared import Shared
 from lora_loaders.layers.slots import refresh
 from lora_loaders.layout import shared_of
+from lora_loaders.weights import number
 
 SPELLINGS = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
@@ -64,3 +68,33 @@ def set_scale(shared: Shared, scale: float) -> None:
     shared.scale = scale
     if changed and shared.parameters:  # their values hold the scale; what a forward of ours computes does not
         refresh(shared.parameters)
+
+
+@contextmanager
+def scaled(models: Iterable[nn.Module], scale: float) -> Generator[None]:
+    """The models' adapters times a factor for as long as the block lasts, whatever happens in it."""
+    before = [(shared, shared.scale) for model in models if (shared := shared_of(model)) is not None]
+    for shared, _ in before:
+        set_scale(shared, scale)
+    try:
+        yield
+    finally:
+        for shared, held in before:
+            set_scale(shared, held)
+
+
+def encode_scaled(models: Iterable[nn.Module], encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A pipeline's own `encode_prompt` with `lora_scale` honoured here, whether peft is there or not.
+
+    Args:
+        models: the text encoders.
+        encode: the pipeline's method, bound.
+        args: its arguments.
+        kwargs: its arguments by name.
+    """
+    scale = kwargs.pop("lora_scale", None)
+    given = inspect.signature(encode).bind_partial(*args, **kwargs)
+    if "lora_scale" in given.arguments:
+        scale, given.arguments["lora_scale"] = given.arguments["lora_scale"], None
+    with scaled(models, number(scale)):
+        return encode(*given.args, **given.kwargs)

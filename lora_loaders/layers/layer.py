@@ -13,6 +13,7 @@ from lora_loaders.deltas import Delta, Factors
 from .base_weight import logical_shape, read_weight
 from .held import held, original_bias
 from .kinds import LINEAR, Kind
+from .peft_names import PeftNames
 from .places import Factor, is_transposed, place_of
 from .shared import Shared
 
@@ -20,7 +21,7 @@ EMPTY = torch.empty(0)
 """Stands in a template for a tensor that the layer holds as a parameter."""
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(PeftNames, nn.Module):
     """A base layer and the adapters on it.
 
     The forward sees one *slot*: the active adapters stacked to a single pair of factors with their scales folded in

@@ -44,6 +44,43 @@ class ComponentLoadingMixin:
         return _load_into(cls, "transformer", state_dict, _by_name("load_lora_into_transformer", order, args, options))
 
     @classmethod
+    def load_lora_into_transformer_ref(
+        cls, state_dict: Mapping[str, Tensor], transformer_ref: nn.Module, prefix: str = "transformer", **options: Any
+    ) -> LoadReport:
+        """Load a state dictionary into MiniMax-H3's reference partition.
+
+        Args:
+            state_dict: the adapter's tensors.
+            transformer_ref: the partition.
+            prefix: what the keys call it.
+            options: adapter_name, metadata, hotswap, and what else diffusers has.
+
+        Raises:
+            TypeError: an option of another name.
+        """
+        named = _by_name("load_lora_into_transformer_ref", ("transformer_ref", *USUAL), (transformer_ref,), options)
+        return _load_into(cls, prefix, state_dict, named, role="transformer_ref")
+
+    @classmethod
+    def load_lora_into_text_conditioner(
+        cls, state_dict: Mapping[str, Tensor], text_conditioner: nn.Module, *args: Any, **options: Any
+    ) -> LoadReport:
+        """Load a state dictionary into Anima's text conditioner.
+
+        Args:
+            state_dict: the adapter's tensors.
+            text_conditioner: the model.
+            args: (adapter_name, _pipeline, low_cpu_mem_usage, hotswap, metadata).
+            options: the same by name.
+
+        Raises:
+            TypeError: an option of another name, or one that is given twice.
+        """
+        given = (text_conditioner, *args)
+        named = _by_name("load_lora_into_text_conditioner", ("text_conditioner", *USUAL), given, options)
+        return _load_into(cls, "text_conditioner", state_dict, named)
+
+    @classmethod
     def load_lora_into_unet(cls, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> LoadReport:
         """Load a state dictionary into a UNet.
 

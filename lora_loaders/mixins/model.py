@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
-from lora_loaders.attaching import without_layers
 from lora_loaders.combining.weighted import weighted_adapter
 from lora_loaders.errors import AdapterStateError, ConversionError
 from lora_loaders.families import Family
@@ -23,12 +22,12 @@ from lora_loaders.joining import follow_parts
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
-from lora_loaders.saving import capture
+from lora_loaders.saving import as_plain, capture
 from lora_loaders.tuning.adding import add_adapter
 from lora_loaders.weights import number
 from lora_loaders.writing import write_adapter
 
-from .saving import save
+from .saving import save, save_bare
 
 
 class LoraModelMixin(nn.Module):
@@ -88,7 +87,9 @@ class LoraModelMixin(nn.Module):
         weight_name: str | None = None,
         format: str = "diffusers",
     ) -> Path:
-        """Write an adapter of this model to a folder; the live model is never cast.
+        """Write an adapter of this model to a folder, as diffusers does without the component's name in the keys.
+
+        The live model is never cast.
 
         Raises:
             AdapterStateError: no such adapter.
@@ -107,7 +108,7 @@ class LoraModelMixin(nn.Module):
         if not safe_serialization:
             return save(adapter, save_directory, format, weight_name, None, safe_serialization, repo_id=None)
         target = Path(save_directory) / (weight_name or "pytorch_lora_weights.safetensors")
-        return write_adapter(adapter, target, format)
+        return save_bare(adapter, target) if format == "diffusers" else write_adapter(adapter, target, format)
 
     def _lora_component(self, prefix: str | None) -> tuple[str, Family | None]:
         """What files call this model, and its family."""
@@ -277,15 +278,9 @@ class LoraModelMixin(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the base model under its plain keys, what is fused included and what is not fused left out."""
-        present = {
-            key: self.__dict__.pop(key) for key in ("peft_config", "_hf_peft_config_loaded") if key in self.__dict__
-        }
         write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
-        try:
-            with without_layers(self):
-                return write(save_directory, *args, **kwargs)
-        finally:
-            self.__dict__.update(present)
+        with as_plain(self):
+            return write(save_directory, *args, **kwargs)
 
 
 def read_source(source: Any, hub: HubOptions, use_safetensors: bool | None) -> Contents | Adapter:

@@ -1,9 +1,8 @@
 """LoraPipelineMixin: every LoRA method of diffusers' pipelines, over whatever components a pipeline has."""
 
-import inspect
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -13,20 +12,22 @@ from torch import Tensor, nn
 import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
-from lora_loaders.attaching import without_layers
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
 from lora_loaders.integrations.equipping import equip
-from lora_loaders.integrations.scale import set_scale
-from lora_loaders.layout import adapter_layers, shared_of
+from lora_loaders.integrations.scale import encode_scaled
+from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
+from lora_loaders.saving import as_plain
 from lora_loaders.weights import check_components, for_component, number, one_each
 
 from .component_loading import ComponentLoadingMixin
 from .model import LoraModelMixin, read_source
 from .pipeline_saving import SavingMixin, hub_options
+from .routing import names_of_file, routed, said_of, second_transformer
+from .saving import family_of_class
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 BESIDE = ("transformer_2", "transformer_ref", "unconditional_transformer", "connectors", "text_conditioner")
@@ -46,26 +47,50 @@ def _at_once(method: Method) -> Method:
     return cast(Method, run)
 
 
+def possible_components(pipeline: Any) -> list[str]:
+    """Names under which a pipeline may have a model that can carry an adapter."""
+    usual = [*DENOISERS, *(f"text_encoder{n}" for n in ("", "_2", "_3", "_4")), *BESIDE]
+    return list(dict.fromkeys([*usual, *getattr(pipeline, "_lora_loadable_modules", ())]))
+
+
+def components_of(pipeline: Any) -> dict[str, nn.Module]:
+    """A pipeline's models that can carry an adapter, by name: the usual ones, denoiser first, and what its class names.
+
+    The attribute `_lora_loadable_modules` is where diffusers' mixins name them.
+    """
+    found = {name: getattr(pipeline, name, None) for name in possible_components(pipeline)}
+    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """The models of a pipeline that encode prompts."""
+    return [model for name, model in components_of(pipeline).items() if name.startswith("text_encoder")]
+
+
 class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     """LoRA methods for a pipeline class: `class MyPipeline(LoraPipelineMixin, DiffusionPipeline): ...`."""
 
     # What there is
 
+    _lora_family: str | None = None
+    """The family that a mixin is for, where the pipeline's models do not tell."""
     unet_name = "unet"
     transformer_name = "transformer"
+    transformer_ref_name = "transformer_ref"
+    connectors_name = "connectors"
     text_encoder_name = "text_encoder"
+    text_conditioner_name = "text_conditioner"
 
     @property
     def lora_components(self) -> dict[str, nn.Module]:
         """The pipeline's models that can carry an adapter, by name, denoiser first."""
-        names = [*DENOISERS, *(f"text_encoder{n}" for n in ("", "_2", "_3", "_4")), *BESIDE]
-        found = {name: getattr(self, name, None) for name in names}
-        return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+        return components_of(self)
 
     @property
     def lora_family(self) -> Family | None:
         """The family of the pipeline's denoiser."""
-        return next((f for model in self.lora_components.values() if (f := family_of(model)) is not None), None)
+        found = (f for model in self.lora_components.values() if (f := family_of(model)) is not None)
+        return next(found, None) or family_of_class(type(self))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Component -> names of its adapters, for components that have any."""
@@ -102,6 +127,8 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         strict: bool = False,
         weight_name: str | None = None,
         use_safetensors: bool | None = None,
+        load_into_transformer_2: bool | None = None,
+        load_into_transformer_ref: bool | None = None,
         **options: Any,
     ) -> LoadReport:
         """Load an adapter into all components it changes, or into none; it becomes the only active one of them.
@@ -113,6 +140,9 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             strict: whether modules without a place are an error rather than one warning.
             weight_name: file name inside a folder or repository.
             use_safetensors: False allows reading a pickle.
+            load_into_transformer_2: whether the file is for `transformer_2`, Wan 2.2's low-noise expert; if nobody
+                says, the file's name does (`…_high_noise…`, `…_low_noise…`), and else it is not.
+            load_into_transformer_ref: whether it is for MiniMax-H3's reference partition.
             options: subfolder, revision, token, cache_dir, local_files_only, force_download, proxies.
 
         Raises:
@@ -121,11 +151,16 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         """
         if adapter_name is not None:
             activity.check_string(adapter_name)
-        contents = read_source(
-            pretrained_model_name_or_path_or_dict, hub_options(weight_name, options), use_safetensors
+        source = pretrained_model_name_or_path_or_dict
+        contents = read_source(source, hub_options(weight_name, options), use_safetensors)
+        models = self.lora_components
+        second = second_transformer(
+            models,
+            {"transformer_2": load_into_transformer_2, "transformer_ref": load_into_transformer_ref},
+            names_of_file(source, weight_name, contents),
         )
         report = load(
-            self.lora_components,
+            routed(models, second, contents),
             contents,
             name=adapter_name,
             family=self.lora_family,
@@ -133,9 +168,11 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             hotswap=hotswap,
             may_widen=may_widen(type(self).__name__),
         )
-        for model in self.lora_components.values():
-            equip(model, LoraModelMixin)  # one that was put in after `attach` has no methods yet
-        return report
+        # A class of diffusers that was patched has these methods and is no subclass.
+        if isinstance(self, LoraPipelineMixin):  # pyright: ignore[reportUnnecessaryIsInstance]
+            for model in models.values():
+                equip(model, LoraModelMixin)  # one that was put in after `attach` has no methods yet
+        return report if second is None else said_of(report, second)
 
     # Switching
 
@@ -194,7 +231,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         """Take all adapters out of every component; widened input layers become narrow again.
 
         Args:
-            reset_to_overwritten_params: accepted for compatibility; everything is always put back.
+            reset_to_overwritten_params: False leaves input layers wide that a Control file widened.
             keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in.
 
         Raises:
@@ -210,7 +247,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         if not keep_fused:
             fusing.unfuse_all(self._adapted())
         for model in self._adapted():
-            activity.unload(model, keep_fused=keep_fused)
+            activity.unload(model, keep_fused=keep_fused, keep_wide=not reset_to_overwritten_params)
 
     def _present(self, adapter_names: Any) -> list[str]:
         """The names that are asked for, each of which some component has."""
@@ -283,43 +320,28 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         if components is None:
             return self._adapted()
         wanted = [components] if isinstance(components, str) else list(components)
-        unknown = [name for name in wanted if name not in present]
+        # A part that this pipeline could have and has not, as Wan 2.1 has no second transformer, means no model.
+        possible = {*present, *(name for name in possible_components(self) if hasattr(self, name))}
+        unknown = [name for name in wanted if name not in possible]
         if unknown or not wanted:
             raise AdapterStateError(
                 f"components={wanted!r}: {', '.join(unknown) or 'none given'}",
                 problems=[f"component: {name}" for name in present],
                 state="Nothing was changed.",
             )
-        return [present[name] for name in wanted]
+        return [present[name] for name in wanted if name in present]
 
     # Calls
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own `encode_prompt`, with `lora_scale` honoured whether peft is there or not."""
         encode: Callable[..., Any] = super().encode_prompt  # type: ignore[misc]
-        scale = kwargs.pop("lora_scale", None)
-        given = inspect.signature(encode).bind_partial(*args, **kwargs)
-        if "lora_scale" in given.arguments:
-            scale, given.arguments["lora_scale"] = given.arguments["lora_scale"], None
-        with self._scaled_text_encoders(number(scale)):
-            return encode(*given.args, **given.kwargs)
-
-    @contextmanager
-    def _scaled_text_encoders(self, scale: float) -> Generator[None]:
-        encoders = (model for name, model in self.lora_components.items() if name.startswith("text_encoder"))
-        states = [shared for model in encoders if (shared := shared_of(model)) is not None]
-        for shared in states:
-            set_scale(shared, scale)
-        try:
-            yield
-        finally:
-            for shared in states:
-                set_scale(shared, 1.0)
+        return encode_scaled(text_encoders(self), encode, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the pipeline under its plain keys, what is fused included and what is not fused left out."""
         write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         with ExitStack() as stack:
             for model in self.lora_components.values():
-                stack.enter_context(without_layers(model))
+                stack.enter_context(as_plain(model))
             return write(save_directory, *args, **kwargs)

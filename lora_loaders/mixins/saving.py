@@ -16,11 +16,13 @@ from lora_loaders.conversion import parse
 from lora_loaders.deltas import Delta
 from lora_loaders.errors import AdapterFileError
 from lora_loaders.families import FAMILIES, Family
-from lora_loaders.files import Contents, atomic
+from lora_loaders.files import Contents, atomic, write_safetensors
 from lora_loaders.scaling import METADATA_KEY, Scalings
 from lora_loaders.writing import to_tensors, write_adapter
 
 LAYERS, METADATA = "_lora_layers", "_lora_adapter_metadata"
+PLAIN = re.compile(r"(?:unet|transformer|text_encoder)(?:_\w+)?\..+\.lora_[AB]\.(?:weight|bias)$")
+"""Keys that diffusers' method gives back as they are."""
 ALWAYS_ALPHAS = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
 
 
@@ -96,13 +98,28 @@ def save(
     return path
 
 
+def save_bare(adapter: Adapter, path: Path) -> Path:
+    """Write one model's adapter under diffusers' names without the component's: a model does not know what it is."""
+    tensors, header, _ = to_tensors(adapter, "diffusers")
+    (component,) = adapter.components
+    fields = json.loads(header.get(METADATA_KEY, "{}"))
+    bare = {name.removeprefix(f"{component}."): value for name, value in fields.items()}
+    metadata = {**header, METADATA_KEY: json.dumps(bare, indent=2, sort_keys=True)} if bare else header
+    write_safetensors({key.removeprefix(f"{component}."): tensor for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
 def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata: bool, alphas: bool) -> Any:
     """(state_dict[, alphas][, metadata]) as diffusers' own mixin of the class returns it.
 
     Where neither alphas nor metadata are returned, alpha stays among the tensors: it is part of what the file says.
     """
-    adapter = contents if isinstance(contents, Adapter) else parse(contents, family_of_class(cls))
-    renamed = _with_alphas(adapter)
+    if isinstance(contents, Contents) and all(PLAIN.match(key) for key in contents.tensors):
+        renamed, header = dict(contents.tensors), contents.metadata
+    else:
+        adapter = contents if isinstance(contents, Adapter) else parse(contents, family_of_class(cls))
+        renamed = _with_alphas(adapter)
+        header = to_tensors(adapter, "diffusers")[1] if metadata else {}
     network_alphas = {key: float(tensor) for key, tensor in renamed.items() if key.endswith(".alpha")}
     plain = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
     alphas = alphas or bool({base.__name__ for base in cls.__mro__} & set(ALWAYS_ALPHAS))
@@ -110,7 +127,6 @@ def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata:
     if alphas:
         parts.append(network_alphas or None)
     if metadata:
-        _, header, _ = to_tensors(adapter, "diffusers")
         parts.append(json.loads(header[METADATA_KEY]) if METADATA_KEY in header else None)
     return parts[0] if len(parts) == 1 else tuple(parts)
 
@@ -122,9 +138,14 @@ def _with_alphas(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def family_of_class(cls: type) -> Family | None:
-    """The family of a pipeline class, told by the component classes that its constructor names; None if none tells."""
+    """The family of a pipeline class; None if nothing tells.
+
+    The component classes that its constructor names tell, or else its mixin.
+    """
     parameters = inspect.signature(cls.__init__).parameters
     annotations = " ".join(str(parameter.annotation) for parameter in parameters.values())
+    said: str | None = getattr(cls, "_lora_family", None)
     candidates = [f for f in FAMILIES if any(re.search(rf"\b{name}\b", annotations) for name in f.model_classes)]
     encoders = {name for name in parameters if name.startswith("text_encoder")}
-    return min(candidates, key=lambda f: len(encoders.symmetric_difference(f.text_encoders)), default=None)
+    likeliest = min(candidates, key=lambda f: len(encoders.symmetric_difference(f.text_encoders)), default=None)
+    return likeliest or next((family for family in FAMILIES if family.name == said), None)

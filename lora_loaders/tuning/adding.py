@@ -131,12 +131,18 @@ def fresh_delta(module: nn.Module, path: str, config: LoraConfig) -> Delta:
         alpha=alpha,
         rslora=config.use_rslora,
         embedding=embedding,
-        up_bias=torch.zeros(shape[0], device=device) if config.lora_bias and not embedding else None,
+        up_bias=_fresh_bias(shape[0], rank, config, device) if config.lora_bias and not embedding else None,
     )
     if config.use_dora:
         norms = (read_weight(module).float() + delta.delta_weight()).flatten(1).norm(dim=1)
         delta = DoraDelta(inner=delta, magnitude=norms)
     return delta
+
+
+def _fresh_bias(rows: int, rank: int, config: LoraConfig, device: torch.device) -> Tensor:
+    """Zero, or with `init_lora_weights=False` a Linear's own start: uniform within 1 / sqrt(rank)."""
+    bias = torch.zeros(rows, device=device)
+    return bias if config.init_lora_weights else bias.uniform_(-(rank**-0.5), rank**-0.5)
 
 
 def _initialise(down: Tensor, up: Tensor, config: LoraConfig, embedding: bool) -> None:

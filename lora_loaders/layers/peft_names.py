@@ -1,0 +1,105 @@
+"""The names by which PEFT's users read and turn a layer's adapters; the layer's own state stands behind each of them.
+
+`fuse_lora`, `set_adapters` and the like do the same for whole models and are what new code calls.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_loaders.deltas import Delta
+
+from .shared import Shared
+
+
+class PeftNames:
+    """PEFT's `BaseTunerLayer` and `LoraLayer`, as far as people reach into them."""
+
+    shared: Shared
+    templates: dict[str, Delta]
+    weights: dict[str, float]
+    active: tuple[str, ...]
+    fused: Any
+
+    if TYPE_CHECKING:  # the layer's own
+
+        def _rewrite_slot(self) -> None: ...
+
+        def delta(self, name: str) -> Delta: ...  # noqa: D102
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapter -> rank, for those that have one."""
+        return {name: delta.rank for name, delta in self._deltas().items() if delta.rank is not None}
+
+    @property
+    def lora_alpha(self) -> dict[str, float]:
+        """Adapter -> alpha; the rank where the file gave none, which is what it means."""
+        deltas = self._deltas()
+        return {name: _alpha(delta) for name, delta in deltas.items() if delta.rank is not None}
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Adapter -> alpha / rank (rsLoRA: alpha / sqrt(rank)) times its weight."""
+        return {name: _scaling(delta) * self.weights[name] for name, delta in self._deltas().items()}
+
+    def _deltas(self) -> Mapping[str, Delta]:
+        return {name: self.delta(name) for name in self.templates}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same under PEFT's other name."""
+        return list(self.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are fused into the base weight."""
+        return list(self.fused.coefficients) if self.fused is not None else []
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is fused."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the model's adapters are switched off."""
+        return not self.shared.enabled
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Give an adapter this weight; names that the layer has not are skipped."""
+        if adapter in self.templates:
+            self.weights[adapter] = float(scale)
+            self._rewrite_slot()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' weights; 0 cannot be undone by dividing, so `set_scale` must follow it."""
+        for name in self.active:
+            if name in self.templates:
+                self.weights[name] *= float(scale)
+        self._rewrite_slot()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' weights by a factor; without one they are 1 again."""
+        for name in self.active:
+            if name in self.templates:
+                self.weights[name] = 1.0 if not scale else self.weights[name] / float(scale)
+        self._rewrite_slot()
+
+    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Make these adapters the active ones of this layer."""
+        self.active = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self._rewrite_slot()
+
+
+def _scaling(delta: Delta) -> float:
+    return float(getattr(getattr(delta, "inner", delta), "scaling", 1.0))
+
+
+def _alpha(delta: Delta) -> float:
+    inner = getattr(delta, "inner", delta)
+    return float(getattr(inner, "alpha", None) or delta.rank or 0)

@@ -1,0 +1,234 @@
+"""patch_diffusers(): diffusers' own classes do it, without peft, and unpatching leaves no trace."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import FluxLoraLoaderMixin, lora_base, lora_pipeline
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
+from tiny_models import Made, adapter_file, add_changes, bits, changed_bits, components_of, pipeline, render
+from torch import nn
+
+import lora_loaders as ll
+from lora_loaders.layout import shared_of
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    ll.patch_diffusers()
+    try:
+        yield
+    finally:
+        ll.unpatch_diffusers()
+
+
+def below(cls: type) -> set[type]:
+    return {cls}.union(*(below(child) for child in cls.__subclasses__()))
+
+
+def owners() -> list[Any]:
+    """Classes and modules that patching may touch, all loaded."""
+    assert diffusers.PixArtSigmaPipeline is not None
+    bases = (lora_base.LoraBaseMixin, PeftAdapterMixin, diffusers.DiffusionPipeline, diffusers.ModelMixin)
+    classes = set().union(*(below(base) for base in (*bases, ModularPipeline, ModularPipelineBlocks)))
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "diffusers"]
+    return [*classes, *modules]
+
+
+def attributes(owner: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if name not in ("__doc__", "_abc_impl")}
+
+
+def test_unpatching_gives_every_attribute_of_every_class_and_module_back() -> None:
+    before = {id(owner): (owner, attributes(owner)) for owner in owners()}
+    ll.patch_diffusers()
+    ll.patch_diffusers()  # does nothing more
+    assert any(attributes(owner) != own for owner, own in before.values())
+    ll.unpatch_diffusers()
+    changed = [
+        f"{owner}: {name}"
+        for owner, own in before.values()
+        for name in own.keys() | attributes(owner).keys()
+        if own.get(name) is not attributes(owner).get(name)
+    ]
+    assert changed == []
+    ll.unpatch_diffusers()  # nothing is left to undo
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "qwen-image"])
+def test_a_patched_pipeline_does_what_the_changes_do(family: str) -> None:
+    pipe, plain = pipeline(family), pipeline(family)
+    made: Made = adapter_file(pipe)
+    without = render(plain)
+    classes = [type(one) for one in (pipe, *components_of(pipe).values())]
+    report = pipe.load_lora_weights(made.tensors, adapter_name="a")
+    assert report.adapter_name == "a"
+    assert [type(one) for one in (pipe, *components_of(pipe).values())] == classes
+    add_changes(plain, made)
+    expected = render(plain)
+    torch.testing.assert_close(render(pipe), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(without, expected, rtol=1e-3, atol=1e-4)
+    before = {name: bits(model) for name, model in components_of(pipe).items()}
+    pipe.fuse_lora()
+    torch.testing.assert_close(render(pipe), expected, rtol=1e-3, atol=1e-4)
+    pipe.unfuse_lora()
+    assert [changed_bits(before[name], model) for name, model in components_of(pipe).items()] == [[]] * len(before)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(render(pipe), without, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("patched")
+def test_diffusers_own_questions_have_their_answers() -> None:
+    pipe = pipeline("flux1")
+    assert isinstance(pipe, FluxLoraLoaderMixin)
+    assert type(pipe) is diffusers.FluxPipeline
+    assert isinstance(pipe.transformer, PeftAdapterMixin)
+    assert diffusers.utils.USE_PEFT_BACKEND
+
+
+@pytest.mark.usefixtures("patched")
+def test_a_scale_holds_for_one_call_and_zero_is_zero() -> None:
+    pipe = pipeline("sdxl")
+    without = render(pipe)
+    pipe.load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
+    pipe.set_adapters("a", 0.5)
+    half = render(pipe)
+    torch.testing.assert_close(render(pipe, cross_attention_kwargs={"scale": 0.0}), without)
+    assert torch.equal(render(pipe), half)
+    pipe.set_adapters("a", 0.25)
+    quarter = render(pipe)
+    pipe.set_adapters("a", 0.5)
+    torch.testing.assert_close(render(pipe, cross_attention_kwargs={"scale": 0.5}), quarter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("patched")
+def test_an_error_while_a_prompt_is_encoded_leaves_nothing_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("sd15")
+    pipe.load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
+    before = render(pipe)
+    held: list[float] = []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        shared = shared_of(pipe.text_encoder)
+        assert shared is not None
+        held.append(shared.scale)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.tokenizer), "__call__", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            render(pipe, cross_attention_kwargs={"scale": 0.25})
+    assert held == [0.25]
+    assert torch.equal(render(pipe), before)
+
+
+@pytest.mark.usefixtures("patched")
+def test_functions_that_modules_hold_by_name_scale_our_layers() -> None:
+    from diffusers.pipelines.flux import pipeline_flux
+
+    pipe = pipeline("flux1")
+    pipe.load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
+    pipe.set_adapters("a", 0.5)
+    with torch.no_grad():
+        plain, half = nn.Module(), pipe.text_encoder(torch.tensor([[1, 2]]))[0]
+        pipeline_flux.scale_lora_layers(pipe.text_encoder, 0.0)
+        pipe.disable_lora()
+        none = pipe.text_encoder(torch.tensor([[1, 2]]))[0]
+        pipe.enable_lora()
+        torch.testing.assert_close(pipe.text_encoder(torch.tensor([[1, 2]]))[0], none)
+        pipeline_flux.unscale_lora_layers(pipe.text_encoder, 0.0)
+        assert torch.equal(pipe.text_encoder(torch.tensor([[1, 2]]))[0], half)
+    pipeline_flux.scale_lora_layers(plain, 0.5)  # a model without adapters needs no peft
+
+
+@pytest.mark.usefixtures("patched")
+def test_pipelines_and_models_without_any_support_get_it_and_later_classes_too() -> None:
+    without: Any = diffusers.PixArtSigmaPipeline
+    assert not issubclass(without, lora_base.LoraBaseMixin)
+    assert without.load_lora_weights is diffusers.FluxPipeline.load_lora_weights
+
+    class LaterModel(diffusers.ModelMixin, ConfigMixin):
+        config_name = "config.json"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q = nn.Linear(4, 4)
+
+    class LaterPipeline(diffusers.DiffusionPipeline):
+        def __init__(self, transformer: LaterModel) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    pipe: Any = LaterPipeline(LaterModel())
+    down, up = torch.randn(2, 4), torch.randn(4, 2)
+    pipe.load_lora_weights({"transformer.to_q.lora_A.weight": down, "transformer.to_q.lora_B.weight": up})
+    pipe.fuse_lora()
+    assert pipe.num_fused_loras == 1
+    pipe.unload_lora_weights(keep_fused=True)
+
+
+@pytest.mark.usefixtures("patched")
+def test_a_method_that_a_user_defines_goes_first() -> None:
+    class Mine(FluxLoraLoaderMixin):
+        def load_lora_weights(self, *args: Any, **options: Any) -> str:  # type: ignore[override]
+            return "mine"
+
+    class Pipeline(diffusers.DiffusionPipeline, Mine):
+        pass
+
+    assert Pipeline.load_lora_weights is Mine.load_lora_weights
+
+
+@pytest.mark.usefixtures("patched")
+def test_text_encoders_take_our_configuration_and_leave_others_to_transformers() -> None:
+    encoder = pipeline("sd15").text_encoder
+    encoder.add_adapter(ll.LoraConfig(r=2, target_modules=["q_proj"]), "mine")
+    assert encoder.active_adapters() == ["mine"]
+    assert all("q_proj.lora_" in key for key in encoder.get_adapter_state_dict("mine"))
+    encoder.delete_adapter("mine")
+    with pytest.raises((ImportError, ValueError, AttributeError)):  # what transformers says without, and with peft
+        encoder.add_adapter(object(), "theirs")
+
+
+@pytest.mark.usefixtures("patched")
+def test_what_diffusers_warns_of_is_a_warning_on_its_logger(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = pipeline("flux1")
+    for name in ("diffusers.loaders.peft", "diffusers.loaders.lora_base"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    report = pipe.load_lora_weights({"lora_foo": torch.tensor(2.0)}, adapter_name="a", torch_dtype=torch.float16)
+    assert (report.components, pipe.get_list_adapters()) == ({}, {})
+    assert "No LoRA keys associated to FluxTransformer2DModel" in caplog.text
+    with pytest.raises(ll.UnknownFormatError):
+        pipe.load_lora_weights({"lora_foo": torch.tensor(2.0)}, strict=True)
+    pipe.load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
+    pipe.set_adapters("a", {"foo": 0.5, "transformer": 0.5})
+    assert "not part of the pipeline: ['foo']" in caplog.text
+
+
+@pytest.mark.usefixtures("patched")
+def test_saving_a_whole_pipeline_writes_plain_keys_and_says_what_it_leaves_out(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = pipeline("flux1").transformer
+    keys = set(model.state_dict())
+    model.add_adapter(ll.LoraConfig(r=2, target_modules=["to_q"]), "a")
+    model.save_pretrained(tmp_path)
+    assert set(type(model).from_pretrained(tmp_path).state_dict()) == keys
+    assert "without its adapters a" in caplog.text
+
+
+def test_the_mixins_that_are_patched_are_diffusers_own() -> None:
+    ll.patch_diffusers()
+    try:
+        assert "load_lora_weights" not in vars(lora_pipeline.WanLoraLoaderMixin)
+        assert lora_pipeline.WanLoraLoaderMixin.transformer_name == "transformer"
+    finally:
+        ll.unpatch_diffusers()
+    assert "load_lora_weights" in vars(lora_pipeline.WanLoraLoaderMixin)
