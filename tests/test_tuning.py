@@ -1,5 +1,6 @@
 """New adapters: what a configuration means, what the factors start as, and a short training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,25 @@ def test_parameters_kept_in_float32_train_a_low_precision_model() -> None:
     model.requires_grad_(False)
     with torch.no_grad():
         assert model(x, 1, context).sample.dtype == torch.bfloat16
+
+
+def test_a_configuration_is_written_and_read_as_peft_does(tmp_path: Path) -> None:
+    own = ll.LoraConfig(r=4, lora_alpha=6, target_modules={"to_q", "to_k"}, rank_pattern={"to_k": 8}, use_dora=True)
+    own.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["target_modules"] == ["to_k", "to_q"]
+    assert ll.LoraConfig.from_pretrained(tmp_path).to_dict() == own.to_dict()
+    (tmp_path / "adapter_config.json").write_text("{", "utf-8")
+    with pytest.raises(ll.MalformedAdapterError):
+        ll.LoraConfig.from_pretrained(tmp_path)
+    with pytest.raises(ll.AdapterFileError):
+        ll.LoraConfig.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_peft_reads_our_configuration_and_we_read_pefts(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT's own configuration needs PEFT")
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["to_q"], "alpha_pattern": {"to_q": 2}}
+    ll.LoraConfig(**fields).save_pretrained(tmp_path / "ours")
+    theirs = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    assert (theirs.r, theirs.lora_alpha, theirs.alpha_pattern) == (4, 6, {"to_q": 2})
+    peft.LoraConfig(**fields).save_pretrained(tmp_path / "theirs")
+    assert ll.LoraConfig.from_pretrained(tmp_path / "theirs").to_dict() == ll.LoraConfig(**fields).to_dict()

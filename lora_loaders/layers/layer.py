@@ -371,10 +371,6 @@ class AdapterLayer(PeftNames, nn.Module):
 
     # What others read
 
-    def get_base_layer(self) -> nn.Module:
-        """The wrapped layer."""
-        return self.base_layer
-
     @property
     def weight(self) -> Any:
         """The base layer's weight."""

@@ -6,6 +6,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lora_loaders.deltas import Delta
 
 from .shared import Shared
@@ -19,12 +21,17 @@ class PeftNames:
     weights: dict[str, float]
     active: tuple[str, ...]
     fused: Any
+    base_layer: nn.Module
 
     if TYPE_CHECKING:  # the layer's own
 
         def _rewrite_slot(self) -> None: ...
 
         def delta(self, name: str) -> Delta: ...  # noqa: D102
+
+    def get_base_layer(self) -> nn.Module:
+        """The wrapped layer."""
+        return self.base_layer
 
     @property
     def r(self) -> dict[str, int]:

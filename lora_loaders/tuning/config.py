@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_loaders.adapter import Adapter
 from lora_loaders.deltas import DoraDelta, LoraDelta
+from lora_loaders.errors import MalformedAdapterError
+from lora_loaders.files import atomic
 from lora_loaders.integrations.peft_helpers import make_layers_known
+from lora_loaders.locating import CONFIG_NAME, HubOptions, locate
 from lora_loaders.scaling import METADATA_KEY
 
 # Fields of PEFT's configuration that say nothing about a diffusion model's adapter, with values that change nothing.
@@ -85,6 +90,32 @@ class LoraConfig:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("metadata", "family")}
         plain = {name: sorted(value) if isinstance(value, set) else value for name, value in own.items()}
         return {"peft_type": "LORA", "task_type": None, **plain}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """Write `adapter_config.json` into a folder, whole or not at all, as PEFT does."""
+        path = Path(save_directory) / CONFIG_NAME
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), "utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> "LoraConfig":
+        """Read the `adapter_config.json` of a folder or of a repository on the Hub, PEFT's own included.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            hub: subfolder, revision, token, cache_dir, local_files_only, force_download, proxies.
+
+        Raises:
+            AdapterFileError: there is none, or it is no JSON.
+            TypeError: it sets fields that have no meaning here.
+        """
+        path = locate(pretrained_model_name_or_path, HubOptions(weight_name=CONFIG_NAME, **hub))
+        try:
+            fields = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise MalformedAdapterError(f"{path} is no JSON ({error})", state="Nothing was changed.") from error
+        return accept(fields)
 
 
 def accept(config: Any) -> LoraConfig:
