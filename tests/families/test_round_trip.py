@@ -34,7 +34,9 @@ def denoiser_of(family: Family) -> Adapter:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.name != "wan"], ids=lambda family: family.name
+)
 def test_what_is_written_is_read_as_the_same_change(family: Family, spelling: str) -> None:
     adapter = denoiser_of(family)
     if spelling == "omi" and "omi" not in {rule.dialect for rule in family.components[family.denoiser].rules}:
