@@ -86,7 +86,7 @@ STYLE_OF: Mapping[str, Style] = {
 
 # PEFT's names with the adapter's own name inside: `.lora_A.default.weight`; wrapped twice, with two of them.
 SLOTTED = re.compile(
-    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
+    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight\.|bias\.)([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
 )
 # Whole norm weights beside the pairs, as diffusers writes the ones of a BFL control file.
 REPLACED = re.compile(r"\.norm_(?:added_)?[qk]\.weight$")
