@@ -1,6 +1,6 @@
 """Which adapters of a model are active, with which weight: switching rewrites the slots' data and no module."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from .attaching import RESERVED_RANK, detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
 from .gates import exclusive
+from .layers.layer import AdapterLayer
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of
 from .loading import adapter_names, unregister
@@ -32,19 +33,24 @@ def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> N
         if paths:
             factors[name] = by_path(weight, paths)
     for path, layer in layers:
-        layer.active = tuple(names)
-        layer.weights |= {name: table[path] for name, table in factors.items() if path in table}
-        layer.shared.enabled = True
-    refresh(layer for _, layer in layers)
+        own = {name: table[path] for name, table in factors.items() if path in table}
+        if own:
+            layer.reweigh(own)
+    _activate([layer for _, layer in layers], names)
 
 
 @exclusive()
 def choose(model: nn.Module, names: Sequence[str]) -> None:
     """Make these adapters the active ones with the weights they have, and enable them."""
-    for _, layer in adapter_layers(model):
-        layer.active = tuple(names)
+    _activate([layer for _, layer in adapter_layers(model)], names)
+
+
+def _activate(layers: Sequence[AdapterLayer], names: Sequence[str]) -> None:
+    active = tuple(names)
+    for layer in layers:
+        layer.activate(active)
         layer.shared.enabled = True
-    refresh(layer for _, layer in adapter_layers(model))
+    refresh(layers)
 
 
 def active_names(model: nn.Module) -> list[str]:
@@ -171,15 +177,18 @@ def reserve(model: nn.Module, rank: int) -> None:
         refresh(layer for _, layer in adapter_layers(model))
 
 
-def snapshot(model: nn.Module) -> list[tuple[tuple[str, ...], dict[str, float], bool]]:
+Activity = list[tuple[tuple[str, ...], Mapping[str, float], bool]]
+
+
+def snapshot(model: nn.Module) -> Activity:
     """Activity and weights of every adapter layer, for `restore`."""
-    return [(layer.active, dict(layer.weights), layer.shared.enabled) for _, layer in adapter_layers(model)]
+    return [(layer.active, layer.weights, layer.shared.enabled) for _, layer in adapter_layers(model)]
 
 
 @exclusive()
-def restore(model: nn.Module, state: Sequence[tuple[tuple[str, ...], dict[str, float], bool]]) -> None:
+def restore(model: nn.Module, state: Activity) -> None:
     """Take activity and weights back to a snapshot."""
     layers = [layer for _, layer in adapter_layers(model)]
     for layer, (active, weights, enabled) in zip(layers, state, strict=True):
-        layer.active, layer.weights, layer.shared.enabled = active, dict(weights), enabled
+        layer.active, layer.weights, layer.shared.enabled = active, weights, enabled
     refresh(layers)

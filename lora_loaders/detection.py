@@ -99,8 +99,7 @@ def _score(
     told = [fit for module, reading in read if (fit := _fits(module, reading, tensors, family)) is not None]
     depths = [_depth(path, number, family) for path, number in _last_blocks(read, family).items()]
     numbered = [_is_numbered_right(module, family) for module in encoders]
-    means = (_mean(facts) for facts in (told, depths, numbered))
-    return Score(len(read) / len(sample), *means, family.extends is None)
+    return Score(len(read) / len(sample), _mean(told), _mean(depths), _mean(numbered), family.extends is None)
 
 
 def _mean(facts: Sequence[float]) -> float:

@@ -105,9 +105,15 @@ def submodule_at(model: nn.Module, path: str) -> nn.Module | None:
     """The module at a path, or None where there is none."""
     module: nn.Module | None = model
     for part in path.split("."):
-        child = getattr(module, part, None)
+        # Past attribute access, which costs as much as the rest of planning; it is asked where this finds nothing.
+        child = None if module is None else children(module).get(part) or getattr(module, part, None)
         module = child if isinstance(child, nn.Module) else None
     return module
+
+
+def children(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """A module's children by name; `named_children` takes ten times as long."""
+    return module._modules  # pyright: ignore[reportPrivateUsage]
 
 
 def parameter_at(model: nn.Module, path: str) -> nn.Module | None:
@@ -139,10 +145,10 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, AdapterLayer]]:
-    for name, child in module.named_children():
+    for name, child in children(module).items():
         if isinstance(child, AdapterLayer):
             yield prefix + name, child
-        else:
+        elif child is not None and children(child):
             yield from _walk(child, f"{prefix}{name}.")
 
 

@@ -125,10 +125,10 @@ def load(
     """
     chosen = _check_name(name, models, hotswap)
     _check_foreign(models)
-    if isinstance(contents, Contents) and family is not None:
-        _check_family(models, contents, family, chosen)
     seen = versions(models.values())
     plan = plan_contents(models, contents, family, may_widen=may_widen)
+    if isinstance(contents, Contents) and family is not None and family.denoiser not in plan.components:
+        _check_family(models, contents, family, chosen)
     _check_plan(plan, chosen, family, contents, strict)
     with changing(models.values(), reads_bases=plan.needs_bases):
         if versions(models.values()) != seen:  # another thread changed them while this one planned
@@ -302,7 +302,7 @@ def _swap(plan: AttachPlan, models: Mapping[str, nn.Module], name: str) -> None:
             layer.remove(name)
             if incoming in layer.templates:
                 layer.rename(incoming, name)
-                layer.weights[name] = own
+                layer.reweigh({name: own})
             layer.active = (*others, name) if active and name not in others else others
         if component not in plan.components:
             unregister(model, name)

@@ -199,6 +199,8 @@ def _bind(
         return None, problem
     if shape is None or kind is PARAMETER:
         return Binding(component, path, module, kind, delta), None
+    if shape == own:
+        return Binding(component, path, module, kind, delta), None
     if delta.fits(own):
         return Binding(component, path, module, kind, fit(delta, own)), None
     if widenable and len(shape) == len(own) == 2 and shape[0] == own[0]:

@@ -45,7 +45,10 @@ BELOW: dict[str, set[str]] = {
     "gates": LIVE | {"layout", "offloading"},
     "attaching": LIVE | {"gates", "layout", "plans", "widening", "joining"},
     "fuse_report": LIVE,
-    "fusing": LIVE | {"attaching", "fuse_report", "gates", "layout", "plans", "widening", "joining"},
+    "changes": LIVE,
+    "records": LIVE | {"changes"},
+    "fusing": LIVE
+    | {"attaching", "changes", "fuse_report", "gates", "joining", "layout", "plans", "records", "widening"},
 }
 # A layer that is written to tells its slots, which are built on layers: imported when it happens.
 LATE = [("layers/layer.py", "layers/slots.py")]

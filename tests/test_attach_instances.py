@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, adapter_file, components_of, photograph, pipel
 from torch import nn
 
 import lora_loaders as ll
+from lora_loaders.layout import adapter_layers
 
 METHODS = {
     *("load_lora_weights", "save_lora_weights", "lora_state_dict", "set_adapters", "get_active_adapters"),
@@ -203,3 +204,14 @@ def test_a_class_of_ones_own_takes_the_mixin() -> None:
     report = mine.load_lora_weights(adapter_file(mine).tensors, "a")
     assert set(report.components) == {"transformer", "text_encoder", "text_encoder_2"}
     mine.unload_lora_weights()
+
+
+def test_a_pickle_holds_each_tensor_once() -> None:
+    pipe: Any = ll.attach(pipeline("sd15"))
+    plain = len(pickle.dumps(pipe.unet))
+    made = adapter_file(pipe, seed=1, components=["unet"])
+    pipe.load_lora_weights(made.tensors, "a")
+    own = sum(tensor.nbytes for tensor in made.tensors.values())
+    layers = len(adapter_layers(pipe.unet))
+    # The slot holds the adapter again, in a rank that is a multiple of 8; names and templates take some kilobytes a layer.
+    assert len(pickle.dumps(pipe.unet)) < plain + 4 * own + 8192 * layers

@@ -577,3 +577,30 @@ def test_merge_and_unload_leaves_a_plain_model(pipe: Any, files: dict[str, Made]
     assert pipe.unet.merge_and_unload() is pipe.unet
     assert adapter_layers(pipe.unet) == []
     torch.testing.assert_close(render(pipe), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_channels_last_is_fused_and_unfused_to_the_bit(pipe: Any, files: dict[str, Made]) -> None:
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.load_lora_weights(files["b"].tensors, "b")
+    before, unfused = bits(pipe.unet), render(pipe)
+    pipe.fuse_lora()
+    assert changed_bits(before, pipe.unet)
+    assert torch.allclose(render(pipe), unfused, atol=1e-5)
+    pipe.unfuse_lora()
+    assert changed_bits(before, pipe.unet) == []
+
+
+def test_weights_are_fused_alike_in_batches_of_any_size(
+    pipe: Any, files: dict[str, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = bits(pipe.unet)
+    pipe.load_lora_weights(files["a"].tensors, "a")
+    pipe.fuse_lora()
+    fused = bits(pipe.unet)
+    pipe.unfuse_lora()
+    for elements in (1, 300):
+        monkeypatch.setattr(fusing, "BATCH", elements)
+        pipe.fuse_lora()
+        assert changed_bits(fused, pipe.unet) == []
+        pipe.unfuse_lora()
+        assert changed_bits(before, pipe.unet) == []

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,12 @@ class Factors:
     scaling: float = 1.0
     out_gain: Tensor | None = None
     in_gain: Tensor | None = None
+
+    @cached_property
+    def size(self) -> tuple[int, int, tuple[int, ...]]:
+        """Rank, rows, and columns with the kernel; asking a tensor each time is most of what a switch would cost."""
+        rank, *columns = self.down.shape
+        return rank, self.up.shape[0], tuple(columns)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -80,7 +80,6 @@ class Family:
 
     def named_component(self, hint: str) -> tuple[str, ...]:
         """The components that a prefix may mean, likeliest first: `denoiser`, `te2`, `encoder:clip_l`, or a name."""
-        encoders = self.text_encoders
         if hint in self.components:
             return (hint,)
         if hint in ("denoiser", "decoder"):  # what ACE-Step calls its denoiser; Cascade has a decoder beside it
@@ -91,7 +90,7 @@ class Family:
             return ()
         # Trainers disagree on the numbers (te2 is CLIP-G or T5), so every other encoder may still fit by its names.
         likely = self.encoder_meant(hint)
-        return tuple(dict.fromkeys([*([likely] if likely else ()), *encoders]))
+        return tuple(dict.fromkeys([*([likely] if likely else ()), *self.text_encoders]))
 
     def file_path(self, component: str, path: str) -> str:
         """The path as files have it: some model classes lack a level that the names keep (`text_model.`)."""

@@ -12,6 +12,7 @@ from .held import held
 from .quantised import STORED_ONLY, Stored, scheme_of
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def logical_shape(base: nn.Module) -> tuple[int, ...]:
@@ -173,3 +174,12 @@ def adapter_device(base: nn.Module) -> torch.device | None:
     if not isinstance(weight, Tensor) or weight.is_meta:
         return None
     return weight.device
+
+
+def adapter_place(base: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+    """`adapter_device` and `adapter_dtype` of a layer."""
+    weight = base._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    # Nearly every layer; attributes of modules are slow to look up, and a switch asks each layer.
+    if weight is not None and weight.dtype in COMPUTED and not weight.is_meta and "_diffusers_hook" not in vars(base):
+        return weight.device, weight.dtype
+    return adapter_device(base), adapter_dtype(base)

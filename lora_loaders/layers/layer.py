@@ -1,8 +1,9 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,34 @@ from torch import Tensor, nn
 from lora_loaders.deltas import Delta, Factors
 
 from .base_weight import logical_shape, read_weight
-from .held import held, original_bias
+from .held import original_bias
 from .kinds import LINEAR, Kind
 from .peft_names import PeftNames
-from .places import Factor, is_transposed, place_of
+from .places import blank
 from .shared import Shared
+from .store import AdapterStore
 
-EMPTY = torch.empty(0)
-"""Stands in a template for a tensor that the layer holds as a parameter."""
+# A loop inside the interpreter takes a third of one in Python, and each switch and each forward asks every parameter.
+_REQUIRES_GRAD, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
 
 
-class AdapterLayer(PeftNames, nn.Module):
+class Contribution(NamedTuple):
+    """One adapter's change of a layer, ready to be added."""
+
+    delta: Delta
+    factors: Factors | None
+    """The change as factors in the layer's shapes, None where it has no such form here."""
+    parameters: tuple[nn.Parameter, ...]
+    """Those whose writes torch counts; tensors made in inference mode have no counter."""
+    holders: tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]] | None = None
+    """Where down and up of a plain product are held; None where the change is more than that."""
+
+
+Term = tuple[Factors | None, float, Delta]
+"""One contributing adapter: its factors, if it has any in this layer, its weight, and the change itself."""
+
+
+class AdapterLayer(PeftNames, AdapterStore):
     """A base layer and the adapters on it.
 
     The forward sees one *slot*: the active adapters stacked to a single pair of factors with their scales folded in
@@ -36,17 +54,16 @@ class AdapterLayer(PeftNames, nn.Module):
 
     kind: Kind
     shared: Shared
-    templates: dict[str, Delta]
-    weights: dict[str, float]
+    weights: Mapping[str, float]  # replaced, never written into: a snapshot is a reference
     dropouts: dict[str, float]
     active: tuple[str, ...]
     fused: Any
     narrow_bases: tuple[nn.Module, ...]  # the base before widening; in a tuple it is no submodule
-    _trained: tuple[nn.Parameter, ...]
+    _trained: Sequence[nn.Parameter]
     _trains: bool
     _versions: int
     _stale: bool
-    _known: dict[str, tuple[Delta, Factors]]
+    _known: dict[str, Contribution]
     base_layer: nn.Module
     slot_down: Tensor | None
     slot_up: Tensor | None
@@ -58,7 +75,7 @@ class AdapterLayer(PeftNames, nn.Module):
     SLOTS = ("slot_down", "slot_up", "slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
 
     def __init__(self, base_layer: nn.Module, kind: Kind, shared: Shared) -> None:
-        super().__init__()
+        blank(self)
         # Past nn.Module's __setattr__ and register_buffer, which take as long as all the rest of this.
         vars(self).update(kind=kind, shared=shared, training=base_layer.training)
         vars(self).update(templates={}, weights={}, dropouts={}, active=(), fused=None, narrow_bases=())
@@ -71,53 +88,25 @@ class AdapterLayer(PeftNames, nn.Module):
     # Adapters
 
     def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
-        """Register one adapter's tensors as parameters; it is not active yet."""
-        self.templates[name] = delta.map_tensors(lambda tensor: EMPTY)
-        self.weights[name] = 1.0
+        """Register one adapter; it is not active yet."""
+        super().add(name, delta, requires_grad=requires_grad)
+        self.reweigh({name: 1.0})
         self.dropouts[name] = dropout
-        for slot, tensor in delta.tensors().items():
-            container, leaf = place_of(delta, slot)
-            data = tensor.t() if is_transposed(delta, slot) else tensor
-            parameter = nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
-            if leaf:
-                self._factor(container, name)._parameters[leaf] = parameter
-            else:
-                self._container(container, nn.ParameterDict)[name] = parameter
 
     def remove(self, name: str) -> None:
-        """Forget one adapter, half-registered ones too; containers that are left empty go."""
-        template = self.templates.pop(name, None)
-        for slot in template.tensors() if template is not None else ():
-            container, _ = place_of(template, slot)  # pyright: ignore[reportArgumentType]
-            entries = self._modules.get(container)
-            if entries is not None and name in entries:  # type: ignore[operator]
-                del entries[name]  # type: ignore[attr-defined]
-            if entries is not None and len(entries) == 0:  # type: ignore[arg-type]
-                del self._modules[container]
-        self.weights.pop(name, None)
+        """Forget one adapter, half-registered ones too."""
+        super().remove(name)
+        self.weights = {other: weight for other, weight in self.weights.items() if other != name}
         self.dropouts.pop(name, None)
         self._known.pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
 
-    def delta(self, name: str) -> Delta:
-        """One adapter's change, over the live parameters."""
-        return self._delta(name, self._raw(name))
-
-    def _delta(self, name: str, tensors: Mapping[str, Tensor]) -> Delta:
-        template = self.templates[name]
-        turned = {slot: tensors[slot].t() for slot in tensors if is_transposed(template, slot)}
-        return template.with_tensors({**tensors, **turned})
-
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
-        for slot in self.templates[old].tensors():
-            container, _ = place_of(self.templates[old], slot)
-            entries: Any = self._modules[container]
-            if old in entries:
-                entries[new] = entries.pop(old)
+        super().rename(old, new)
         self._known.pop(old, None)
-        for table in (self.templates, self.weights, self.dropouts):
-            table[new] = table.pop(old)  # type: ignore[assignment]
+        self.weights = {new if name == old else name: weight for name, weight in self.weights.items()}
+        self.dropouts[new] = self.dropouts.pop(old)
         self.active = tuple(new if name == old else name for name in self.active)
 
     def resize_inputs(self, inputs: int) -> None:
@@ -126,38 +115,16 @@ class AdapterLayer(PeftNames, nn.Module):
             down = self.delta(name).tensors().get("down")
             if down is not None and down.shape[1] != inputs:
                 down.data = F.pad(down.detach(), (0, inputs - down.shape[1]))
-        self.set_slot("slot_down", None)
+        self._known.clear()
+        self.take_slot(None, None)
 
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The parameters of one adapter."""
-        return [tensor for tensor in self._raw(name).values() if isinstance(tensor, nn.Parameter)]
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Make these adapters the active ones; the slot is rewritten apart, many layers at once."""
+        vars(self)["active"] = names  # a module's attribute assignment takes ten times as long
 
-    def _raw(self, name: str) -> dict[str, Any]:
-        """One adapter's tensors by slot, as they are stored."""
-        template = self.templates[name]
-        tensors: dict[str, Any] = {}
-        for slot in template.tensors():
-            container, leaf = place_of(template, slot)
-            entries: Any = self._modules[container]
-            owner, key = (entries._modules[name], leaf) if leaf else (entries, name)
-            tensor = owner._parameters[key]
-            tensors[slot] = held(owner, key) if tensor.is_meta else tensor
-        return tensors
-
-    def _container(self, name: str, kind: type[nn.Module]) -> Any:
-        container = self._modules.get(name)
-        if container is None:
-            container = self._modules[name] = kind()
-            vars(container)["training"] = self.training
-        return container
-
-    def _factor(self, container: str, name: str) -> nn.Module:
-        entries: dict[str, nn.Module] = self._container(container, nn.ModuleDict)._modules
-        factor = entries.get(name)
-        if factor is None:
-            factor = entries[name] = Factor()
-            vars(factor)["training"] = self.training
-        return factor
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Give adapters these weights; the slot is rewritten apart."""
+        vars(self)["weights"] = {**self.weights, **weights}
 
     # State
 
@@ -165,48 +132,58 @@ class AdapterLayer(PeftNames, nn.Module):
         """Put a buffer in a slot, without the checks of attribute assignment."""
         self._buffers[slot] = value
 
+    def clear_slots(self, slots: Sequence[str]) -> None:
+        """Empty these slots."""
+        self._buffers.update(dict.fromkeys(slots))
+
+    def take_slot(self, down: Tensor | None, up: Tensor | None) -> None:
+        """Let the low-rank slot be these, or let go of it."""
+        self._buffers.update(slot_down=down, slot_up=up)
+
     @property
     def contributing(self) -> list[tuple[str, float]]:
         """Adapters that the forward adds, with their weight: active, here, and not fused into the base."""
         if not self.shared.enabled:
             return []
-        fused = self.fused.coefficients if self.fused is not None else ()
-        return [(name, self.weights[name]) for name in self.active if name in self.templates and name not in fused]
+        weights = self.weights
+        present = [(name, weights[name]) for name in self.active if name in weights]
+        if self.fused is None:
+            return present
+        return [(name, weight) for name, weight in present if name not in self.fused.coefficients]
 
-    def contributions(self) -> list[tuple[Delta, Factors | None, float]]:
-        """The contributing adapters' changes, their factors if there are any, and their weights: what a slot holds.
+    def contributions(self) -> tuple[list[Term], bool]:
+        """What a slot is to hold, and whether that is nothing but low-rank products.
 
-        Their parameters are remembered: one that requires a gradient sends the forward past the slot.
+        The parameters are remembered: one that requires a gradient sends the forward past the slot.
         """
-        answer: list[tuple[Delta, Factors | None, float]] = []
-        trained: list[Any] = []
+        terms: list[Term] = []
+        parameters: list[nn.Parameter] = []
+        plain = True
         for name, weight in self.contributing:
-            kept = self._known.get(name)
-            if kept is not None and self._holds(name, kept[1]):
-                delta, factors = kept
-                trained += (kept[1].down, kept[1].up)
-            else:
-                raw = self._raw(name)
-                delta = self._delta(name, raw)
-                factors = self.factors(delta)
-                trained += (tensor for tensor in raw.values() if isinstance(tensor, nn.Parameter))
-                # Kept where the factors are the parameters themselves.
-                if factors is not None and raw.keys() == {"down", "up"} and self._holds(name, factors):
-                    self._known[name] = (delta, factors)
-            answer.append((delta, factors, weight))
-        trains = any(parameter.requires_grad for parameter in trained)
-        vars(self).update(_trained=tuple(trained), _trains=trains, _stale=False)
-        self._versions = self._edits()
-        return answer
+            known = self._known.get(name)
+            if known is None or not _is_current(known):
+                known = self._contribution_of(name)
+                plain = plain and known.holders is not None
+            parameters += known.parameters
+            terms.append((known.factors, weight, known.delta))
+        state = vars(self)
+        state["_trained"], state["_trains"] = parameters, any(map(_REQUIRES_GRAD, parameters))
+        state["_versions"], state["_stale"] = sum(map(_VERSION, parameters)), False
+        return terms, plain
 
-    def _holds(self, name: str, factors: Factors) -> bool:
-        """Whether these factors are the adapter's parameters, which others may have replaced."""
+    def _contribution_of(self, name: str) -> Contribution:
+        raw = self._raw(name)
+        delta = self._delta(name, raw)
+        factors = self.factors(delta)
+        parameters = tuple([t for t in raw.values() if isinstance(t, nn.Parameter) and not t.is_inference()])
+        if factors is None or raw.keys() != {"down", "up"} or delta.tensors().keys() != raw.keys():
+            return Contribution(delta, factors, parameters)
+        if factors.down is not raw["down"] or factors.up is not raw["up"]:
+            return Contribution(delta, factors, parameters)
         stored: dict[str, Any] = self._modules
-        return (
-            "lora_A" in stored
-            and stored["lora_A"]._modules[name]._parameters["weight"] is factors.down
-            and stored["lora_B"]._modules[name]._parameters["weight"] is factors.up
-        )
+        holders = stored["lora_A"]._modules[name]._parameters, stored["lora_B"]._modules[name]._parameters
+        known = self._known[name] = Contribution(delta, factors, parameters, holders)
+        return known
 
     def settle(self) -> None:
         """Take out of the base weight what this layer has written into it unfused: nothing, but for raw parameters."""
@@ -269,21 +246,14 @@ class AdapterLayer(PeftNames, nn.Module):
         # A compiler would guard on each parameter and recompile at every switch: it gets what the last switch saw.
         if torch.compiler.is_compiling():
             return self._trains
-        for parameter in self._trained:  # noqa: SIM110  (any() of a generator costs twice this loop)
-            if parameter.requires_grad:
-                return True
-        return False
+        return any(map(_REQUIRES_GRAD, self._trained))
 
     def _is_behind(self) -> bool:
         return self._stale or (not torch.compiler.is_compiling() and self._edits() != self._versions)
 
     def _edits(self) -> int:
         """How often the contributing parameters were written in place (EMA, scaling by hand): the slot is a copy."""
-        edits = 0
-        for parameter in self._trained:
-            if not parameter.is_inference():  # those have no counter
-                edits += parameter._version
-        return edits
+        return sum(map(_VERSION, self._trained))
 
     def _rewrite_slot(self) -> None:
         from .slots import refresh  # which is built on this module
@@ -389,6 +359,17 @@ class AdapterLayer(PeftNames, nn.Module):
             if name == "base_layer" or name.startswith(("_", "lora_", "slot_")):
                 raise
             return getattr(self.base_layer, name)
+
+
+def _is_current(known: Contribution) -> bool:
+    """Whether its parameters are still those that the modules hold: others may have replaced them."""
+    holders, factors = known.holders, known.factors
+    return (
+        holders is not None
+        and factors is not None
+        and holders[0]["weight"] is factors.down
+        and holders[1]["weight"] is factors.up
+    )
 
 
 def _mark_stale(layer: nn.Module, incompatible: Any) -> None:

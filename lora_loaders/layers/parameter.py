@@ -50,7 +50,7 @@ class ParameterLayer(AdapterLayer):
     def write(self) -> None:
         """Bring the parameter to what the contributing adapters make of it."""
         self.settle()
-        terms = self.contributions()
+        terms, _ = self.contributions()
         if not terms:
             return
         weight = read_weight(self.base_layer)
@@ -61,7 +61,7 @@ class ParameterLayer(AdapterLayer):
             )
         base = self.original_weight()
         total = computing(weight).clone()
-        for delta, _, factor in terms:
+        for _, factor, delta in terms:
             change = delta.delta_weight(base).detach().reshape(weight.shape)
             total += change.to(total) * (factor * self.shared.scale)
         self._plain = weight.clone()

@@ -1,7 +1,7 @@
-"""Writing the active slot: all contributing adapters of many layers stacked in a few batched copies."""
+"""Writing the active slots: each layer says what its own is to hold, and like layers are written together."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,105 +9,106 @@ from torch import Tensor
 from lora_loaders.deltas import Delta, Factors
 from lora_loaders.deltas.base import computing
 
-from .base_weight import adapter_device, adapter_dtype, logical_shape
+from .banks import Bank, Likeness, Stack, seat_of
+from .base_weight import adapter_dtype, adapter_place, logical_shape
 from .held import held, original_bias
 from .layer import AdapterLayer
 from .parameter import ParameterLayer
 
+CPU = torch.device("cpu")
 REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
 STEP = 8
 """Capacities are multiples of this: smaller ones gain nothing on tensor cores, and equal capacities are reused."""
+SPREAD = 8
+"""Banks of fewer layers than this, on average, are given up for a common one."""
 
-
-@dataclass
-class _Writes:
-    """What is to be written into many slots, gathered so that it takes few calls.
-
-    The scales go with the downs: those lie one below the other, whole, and are scaled in one batch, while the ups of a
-    slot stand side by side.
-    """
-
-    downs: list[Tensor] = field(default_factory=list[Tensor])
-    sources: list[Tensor] = field(default_factory=list[Tensor])
-    ups: list[Tensor] = field(default_factory=list[Tensor])
-    up_sources: list[Tensor] = field(default_factory=list[Tensor])
-    scales: list[float] = field(default_factory=list[float])
-    empty: list[Tensor] = field(default_factory=list[Tensor])
+Member = tuple[AdapterLayer, Stack]
 
 
 def refresh(layers: Iterable[AdapterLayer]) -> None:
-    """Rewrite the slots of these layers, in place where their capacity allows."""
-    writes = _Writes()
+    """Rewrite the slots of these layers, in place where their capacity allows; like layers are written together."""
+    groups: dict[Likeness, list[Member]] = {}
     with torch.no_grad():
         for layer in layers:
             if isinstance(layer, ParameterLayer):
                 layer.write()
+                continue
+            stack = _write_single(layer)
+            if stack or layer.shared.reserved:
+                like = _likeness(layer, stack)
+                if like is not None:
+                    groups.setdefault(like, []).append((layer, stack))
             else:
-                _stack(layer, writes)
-        if writes.empty:
-            torch._foreach_zero_(writes.empty)  # pyright: ignore[reportPrivateUsage]
-        if writes.downs:
-            torch._foreach_copy_(writes.downs, writes.sources)  # pyright: ignore[reportPrivateUsage]
-            torch._foreach_mul_(writes.downs, writes.scales)  # pyright: ignore[reportPrivateUsage]
-        if writes.ups:
-            torch._foreach_copy_(writes.ups, writes.up_sources)  # pyright: ignore[reportPrivateUsage]
+                layer.take_slot(None, None)
+        for like, members in groups.items():
+            _write_together(like, members)
 
 
-def _stack(layer: AdapterLayer, writes: _Writes) -> None:
-    pairs = layer.contributions()
-    if not pairs and not layer.shared.reserved:
-        for slot in layer.SLOTS:
-            layer.set_slot(slot, None)
-        return
-    stacked: list[tuple[Factors, float]] = []
+def _write_single(layer: AdapterLayer) -> Stack:
+    """Write the slots that a layer has for itself, and tell what goes into the common ones."""
+    terms, plain = layer.contributions()
+    if plain:  # as nearly all are
+        layer.clear_slots(REST)
+        return [(factors, weight) for factors, weight, _ in terms if factors]
+    stack: list[tuple[Factors, float]] = []
     dense: list[tuple[Delta, float]] = []
-    gains_outputs = any(factors is not None and factors.out_gain is not None for _, factors, _ in pairs)
-    for delta, factors, weight in pairs:
+    gains_outputs = any(factors is not None and factors.out_gain is not None for factors, _, _ in terms)
+    for factors, weight, delta in terms:
         # Gains of both sides would multiply each other; changes of a weight only add up.
         if factors is None or (factors.in_gain is not None and gains_outputs):
             dense.append((delta, weight))
         else:
-            stacked.append((factors, weight))
-    _write_pairs(layer, stacked, writes)
-    _write_rest(layer, [(delta, weight) for delta, _, weight in pairs], stacked, dense)
+            stack.append((factors, weight))
+    _write_rest(layer, [(delta, weight) for _, weight, delta in terms], stack, dense)
+    return [(factors, weight) for factors, weight in stack if factors.size[0]]
 
 
-def _write_pairs(layer: AdapterLayer, stacked: Sequence[tuple[Factors, float]], writes: _Writes) -> None:
-    rank = sum(factors.down.shape[0] for factors, _ in stacked)
-    if rank == 0 and not layer.shared.reserved:
-        layer.set_slot("slot_down", None)
-        layer.set_slot("slot_up", None)
-        return
-    if stacked:
-        _ensure_capacity(layer, rank, stacked[0][0])
-    down, up = layer.slot_down, layer.slot_up
-    if down is None or up is None:
-        return
-    ranks = [factors.down.shape[0] for factors, _ in stacked]
-    if rank < down.shape[0]:
-        writes.empty += [down[rank:], up[:, rank:]]
-        down, up = down[:rank], up[:, :rank]
-    if not stacked:
-        return
-    writes.downs += down.split(ranks) if len(ranks) > 1 else (down,)
-    writes.sources += [factors.down for factors, _ in stacked]
-    writes.scales += [factors.scaling * weight for factors, weight in stacked]
-    if len(stacked) == 1:
-        writes.ups.append(up)
-        writes.up_sources.append(stacked[0][0].up)
+def _likeness(layer: AdapterLayer, stack: Stack) -> Likeness | None:
+    """What decides which layers are written together; None where a slot could hold nothing."""
+    # Past attribute access, which for a module takes as long as all the rest of this.
+    base: Any = vars(layer)["_modules"]["base_layer"]
+    if stack:
+        _, rows, columns = stack[0][0].size
+    elif layer.kind.low_rank is not None:
+        rows, *rest = logical_shape(base)
+        columns = tuple(rest)
     else:
-        torch.cat([factors.up.to(up.device) for factors, _ in stacked], 1, out=up)
+        return None
+    ranks = tuple([factors.size[0] for factors, _ in stack])
+    sources = tuple([factors.down.device for factors, _ in stack])  # parked ones lie elsewhere
+    needed = max(sum(ranks), layer.shared.reserved)
+    # What is there already is kept: its shape is what a compiler has seen.
+    present: Tensor | None = vars(layer)["_buffers"]["slot_down"]
+    capacity = 0 if present is None else present.shape[0]
+    if capacity < needed:
+        capacity = -(-needed // STEP) * STEP
+    device, dtype = adapter_place(base)
+    device = device or next(iter(sources), CPU)
+    return Likeness(device, dtype, capacity, columns, rows, ranks, sources)
 
 
-def _ensure_capacity(layer: AdapterLayer, rank: int, like: Factors) -> None:
-    dtype = adapter_dtype(layer.base_layer)
-    device = adapter_device(layer.base_layer) or like.down.device
-    present = layer.slot_down
-    if present is not None and present.shape[0] >= rank and present.dtype == dtype and present.device == device:
-        return
-    capacity = max(-(-rank // STEP) * STEP, layer.shared.reserved)
-    layer.set_slot("slot_down", torch.empty(capacity, *like.down.shape[1:], dtype=dtype, device=device))
-    layer.set_slot("slot_up", torch.empty(like.up.shape[0], capacity, dtype=dtype, device=device))
+def _write_together(like: Likeness, members: Sequence[Member]) -> None:
+    """Write the slots of like layers, after seating those that have no fitting one."""
+    seated: dict[tuple[int, int], dict[int, Member]] = {}
+    homeless: list[Member] = []
+    for member in members:
+        buffers: dict[str, Tensor | None] = vars(member[0])["_buffers"]
+        seat = seat_of(buffers["slot_down"], buffers["slot_up"], like)
+        if seat is None:
+            homeless.append(member)
+        else:
+            seated.setdefault((seat.down_memory, seat.up_memory), {})[seat.number] = member
+    if len(seated) > 1 and len(seated) * SPREAD > len(members):
+        homeless, seated = list(members), {}  # seated one by one, as after a move or a copy of the model
+    if homeless:
+        bank = Bank.empty(len(homeless), like)
+        for (layer, _), (down, up) in zip(homeless, bank.parts(), strict=True):
+            layer.take_slot(down, up)
+        bank.write(range(len(homeless)), [stack for _, stack in homeless], like.ranks)
+    for numbered in seated.values():
+        seats = sorted(numbered)
+        first = vars(numbered[seats[0]][0])["_buffers"]
+        Bank.around(first["slot_down"], first["slot_up"]).write(seats, [numbered[n][1] for n in seats], like.ranks)
 
 
 def _write_rest(
@@ -119,8 +120,7 @@ def _write_rest(
     """Gains, bias and dense changes: rare, so written one by one."""
     gained = any(factors.in_gain is not None or factors.out_gain is not None for factors, _ in stacked)
     if not (dense or gained or any(delta.delta_bias() is not None for delta, _ in contributing)):
-        for slot in REST:
-            layer.set_slot(slot, None)
+        layer.clear_slots(REST)
         return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])

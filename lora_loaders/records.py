@@ -1,0 +1,142 @@
+"""What fusing keeps, so that unfusing gives back every bit: what was added, and where subtracting it misses."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .changes import Change
+from .errors import AdapterStateError
+from .layers.base_weight import BITS, Record, read_original, read_weight
+from .layers.layer import AdapterLayer
+
+BATCH = 1 << 27
+"""Elements of the weights whose originals are held at the same time; as bfloat16 and with their mask, 400 MB."""
+COPIED_SHARE = 0.5
+"""A record that lists more than this share of the elements would be larger than a copy, which is kept instead."""
+
+
+@dataclass
+class Fused:
+    """What is fused into one layer, and how to take it out again.
+
+    Attributes:
+        coefficients: adapter -> the factor it was fused with (its weight times `lora_scale`).
+        change: what was added to the weight; None if only the bias changed, or where a copy is kept.
+        where: flat positions whose original value the subtraction misses.
+        values: those original values.
+        copy: the whole original weight, where the record would be larger than that.
+        checksum: sum of the original weight's bit patterns.
+        bias: the original bias; kept whole, it is small.
+        had_bias: whether the base layer had a bias at all.
+        record: what a quantised weight stored.
+        lost: squared norms of what quantising again lost of the change, and of the change.
+    """
+
+    coefficients: dict[str, float]
+    change: Change | None = None
+    where: Tensor | None = None
+    values: Tensor | None = None
+    copy: Tensor | None = None
+    checksum: Tensor | None = None
+    bias: Tensor | None = None
+    had_bias: bool = False
+    record: Record | None = None
+    lost: tuple[Tensor, Tensor] | None = None
+
+    def original(self, layer: AdapterLayer) -> Tensor:
+        """The weight before fusing, as a new tensor on the weight's device.
+
+        Raises:
+            AdapterStateError: the weight is no longer what fusing left, so its original cannot be computed.
+        """
+        if self.record is not None:
+            return read_original(layer.base_layer, self.record)
+        weight = read_weight(layer.base_layer)
+        if self.copy is not None:
+            return self.copy.to(weight.device)
+        if self.change is None:
+            return weight
+        assert self.where is not None
+        assert self.values is not None
+        # Redone where it was done: another device may sum in another order.
+        restored = self.change.add_to(weight.to(self.where.device), -1.0).contiguous()
+        restored.view(-1).index_copy_(0, self.where.long(), self.values.to(restored.dtype))
+        if self.checksum is not None and not torch.equal(_checksums(restored.view(1, -1))[0], self.checksum):
+            raise AdapterStateError(
+                "a fused weight is not what fusing left: it was changed, cast or trained since",
+                mend="Keep the weights as they are with unload_lora_weights(keep_fused=True), "
+                "or load the model's own again.",
+                state="Nothing was unfused.",
+            )
+        return restored.to(weight.device)
+
+    def memory(self) -> int:
+        """Bytes that are kept for unfusing."""
+        kept = (self.where, self.values, self.copy, self.bias)
+        factors = (self.change.down, self.change.up, self.change.dense) if self.change else ()
+        recorded = self.record.memory() if self.record is not None else 0
+        return recorded + sum(tensor.nbytes for tensor in (*kept, *factors) if tensor is not None)
+
+
+@dataclass
+class Originals:
+    """Weights of one size as they were before fusing, side by side until what subtraction misses is known.
+
+    Counting that waits for the device, so it is done for many weights at once.
+
+    Shapes: weights `[layers, elements]`, missed `[layers, elements]`.
+    """
+
+    weights: Tensor
+    missed: Tensor
+    fused: list[Fused] = field(default_factory=list[Fused])
+    changes: list[Change] = field(default_factory=list[Change])
+
+    @classmethod
+    def room_for(cls, layers: int, weight: Tensor) -> "Originals":
+        """Room for as many weights like this one."""
+        weights = torch.empty(layers, weight.numel(), dtype=weight.dtype, device=weight.device)
+        return cls(weights, torch.empty_like(weights, dtype=torch.bool))
+
+    def keep(self, weight: Tensor) -> Tensor:
+        """A copy of the weight, which is about to be fused into."""
+        return self.weights[len(self.fused)].view(weight.shape).copy_(weight)
+
+    def compare(self, weight: Tensor, fused: Fused, change: Change) -> None:
+        """Note where subtracting the change from the weight, now fused, misses the copy that was kept last."""
+        row = len(self.fused)
+        self.fused.append(fused)
+        self.changes.append(change)
+        # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
+        bits = BITS[weight.element_size()]
+        restored = change.add_to(weight, -1.0).view(bits)
+        torch.ne(restored, self.weights[row].view(bits).view(weight.shape), out=self.missed[row].view(weight.shape))
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Let each layer's record be the missed positions and their values instead of the copy, if that is smaller."""
+        layers, size = len(self.fused), self.weights.shape[1]
+        if not layers:
+            return
+        where = self.missed[:layers].flatten().nonzero().squeeze(1)
+        starts = torch.arange(layers + 1, device=where.device) * size
+        edges: list[int] = torch.searchsorted(where, starts).tolist()
+        values, where = self.weights.flatten()[where], where % size
+        where = where.int() if size < 2**31 else where
+        checksums = _checksums(self.weights[:layers])
+        for row, (fused, change) in enumerate(zip(self.fused, self.changes, strict=True)):
+            assert fused.copy is not None
+            own = slice(edges[row], edges[row + 1])
+            if own.stop - own.start > COPIED_SHARE * size:
+                fused.copy = fused.copy.clone()
+            else:
+                fused.where, fused.values = where[own], values[own]
+                fused.change, fused.checksum, fused.copy = change, checksums[row], None
+
+
+def _checksums(weights: Tensor) -> Tensor:
+    """Sum of the bit patterns of each row."""
+    # Eight bytes at a time where they come out even: a sum of narrower integers is widened in memory first.
+    size = 8 if weights[0].nbytes % 8 == 0 else weights.element_size()
+    return weights.view(BITS[size]).sum(1, dtype=torch.int64)
