@@ -213,5 +213,5 @@ def test_a_pickle_holds_each_tensor_once() -> None:
     pipe.load_lora_weights(made.tensors, "a")
     own = sum(tensor.nbytes for tensor in made.tensors.values())
     layers = len(adapter_layers(pipe.unet))
-    # The slot holds the adapter again, in a rank that is a multiple of 8; names and templates take some kilobytes a layer.
+    # The slot holds it again, in a rank that is a multiple of 8; names and templates take some kilobytes a layer.
     assert len(pickle.dumps(pipe.unet)) < plain + 4 * own + 8192 * layers

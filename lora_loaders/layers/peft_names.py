@@ -18,7 +18,7 @@ class PeftNames:
 
     shared: Shared
     templates: dict[str, Delta]
-    weights: dict[str, float]
+    weights: Mapping[str, float]
     active: tuple[str, ...]
     fused: Any
     base_layer: nn.Module
@@ -28,6 +28,8 @@ class PeftNames:
         def _rewrite_slot(self) -> None: ...
 
         def delta(self, name: str) -> Delta: ...  # noqa: D102
+
+        def reweigh(self, weights: Mapping[str, float]) -> None: ...  # noqa: D102
 
     def get_base_layer(self) -> nn.Module:
         """The wrapped layer."""
@@ -80,21 +82,21 @@ class PeftNames:
     def set_scale(self, adapter: str, scale: float) -> None:
         """Give an adapter this weight; names that the layer has not are skipped."""
         if adapter in self.templates:
-            self.weights[adapter] = float(scale)
+            self.reweigh({adapter: float(scale)})
             self._rewrite_slot()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the active adapters' weights; 0 cannot be undone by dividing, so `set_scale` must follow it."""
         for name in self.active:
             if name in self.templates:
-                self.weights[name] *= float(scale)
+                self.reweigh({name: self.weights[name] * float(scale)})
         self._rewrite_slot()
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the active adapters' weights by a factor; without one they are 1 again."""
         for name in self.active:
             if name in self.templates:
-                self.weights[name] = 1.0 if not scale else self.weights[name] / float(scale)
+                self.reweigh({name: 1.0 if not scale else self.weights[name] / float(scale)})
         self._rewrite_slot()
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
