@@ -210,6 +210,8 @@ def _fuse_batch(batch: Wanted, safe_fusing: bool) -> Originals | None:
     for (layer, weight, terms), (_, coefficients) in zip(items, batch, strict=True):
         change = changes.get(layer) or difference(terms, weight)
         _fuse_one(layer, weight, terms, change, coefficients, safe_fusing, originals)
+    if originals is not None:
+        originals.close()
     return originals
 
 

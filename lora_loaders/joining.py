@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .deltas import Delta
 from .layers.held import held
 from .layers.layer import AdapterLayer
+from .layout import every_module
 
 PARTS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -60,8 +61,8 @@ def _with_adapters(part: Any, x: Tensor, out: Tensor) -> Tensor:
 
 def follow_parts(model: nn.Module) -> None:
     """Bring every joined projection up to date with its parts: adapters on them are heeded, what is fused is copied."""
-    for owner in model.modules():
-        if not getattr(owner, "fused_projections", False):
+    for owner in every_module(model):
+        if not vars(owner).get("fused_projections", False):
             continue
         for name, names in PARTS.items():
             joined: Any = vars(owner)["_modules"].get(name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer
-from .layout import adapter_layers
+from .layout import adapter_layers, every_module
 
 Group = tuple[nn.Module, Any]
 """A module with a hook, and what the hook moves together."""
@@ -23,10 +23,7 @@ Group = tuple[nn.Module, Any]
 def groups_of(model: nn.Module) -> list[Group]:
     """Every group of tensors that is offloaded together, with the module whose hook moves it."""
     found: dict[int, Group] = {}
-    todo: list[Any] = [model]
-    while todo:
-        module = todo.pop()
-        todo += filter(None, module._modules.values())
+    for module in every_module(model):
         registry = vars(module).get("_diffusers_hook")
         hook = registry.get_hook("group_offloading") if registry is not None else None
         if hook is not None:

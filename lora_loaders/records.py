@@ -1,6 +1,8 @@
 """What fusing keeps, so that unfusing gives back every bit: what was added, and where subtracting it misses."""
 
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +92,8 @@ class Originals:
 
     weights: Tensor
     missed: Tensor
+    done: Any = None
+    """The event after which all is written that compacting reads."""
     fused: list[Fused] = field(default_factory=list[Fused])
     changes: list[Change] = field(default_factory=list[Change])
 
@@ -113,18 +117,22 @@ class Originals:
         restored = change.add_to(weight, -1.0).view(bits)
         torch.ne(restored, self.weights[row].view(bits).view(weight.shape), out=self.missed[row].view(weight.shape))
 
+    def close(self) -> None:
+        """No weight comes after this."""
+        self.done = torch.cuda.current_stream(self.weights.device).record_event() if self.weights.is_cuda else None
+
     @torch.no_grad()
     def compact(self) -> None:
         """Let each layer's record be the missed positions and their values instead of the copy, if that is smaller."""
         layers, size = len(self.fused), self.weights.shape[1]
         if not layers:
             return
-        where = self.missed[:layers].flatten().nonzero().squeeze(1)
-        starts = torch.arange(layers + 1, device=where.device) * size
-        edges: list[int] = torch.searchsorted(where, starts).tolist()
-        values, where = self.weights.flatten()[where], where % size
-        where = where.int() if size < 2**31 else where
-        checksums = _checksums(self.weights[:layers])
+        # Beside the main stream: the next weights are fused while this waits for what it counts.
+        side = _side_stream(self.weights.device) if self.done is not None else None
+        if side is not None:
+            side.wait_event(self.done)
+        with torch.cuda.stream(side):
+            where, values, checksums, edges = self._counted(layers, size)
         for row, (fused, change) in enumerate(zip(self.fused, self.changes, strict=True)):
             assert fused.copy is not None
             own = slice(edges[row], edges[row + 1])
@@ -133,6 +141,21 @@ class Originals:
             else:
                 fused.where, fused.values = where[own], values[own]
                 fused.change, fused.checksum, fused.copy = change, checksums[row], None
+
+    def _counted(self, layers: int, size: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Positions and values that were missed, each weight's checksum, and where each weight's part begins."""
+        where = self.missed[:layers].flatten().nonzero().squeeze(1)
+        starts = torch.arange(layers + 1, device=where.device) * size
+        edges = torch.searchsorted(where, starts)
+        values, where = self.weights.flatten()[where], where % size
+        where = where.int() if size < 2**31 else where
+        checksums = _checksums(self.weights[:layers])
+        return where, values, checksums, edges.tolist()  # which waits until all of it is done
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
 
 
 def _checksums(weights: Tensor) -> Tensor:

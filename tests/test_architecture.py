@@ -40,7 +40,7 @@ BELOW: dict[str, set[str]] = {
     "layout": LIVE,
     "widening": LIVE | {"layout"},
     "plans": LIVE | {"layout", "widening", "joining"},
-    "joining": LIVE,
+    "joining": LIVE | {"layout"},
     "offloading": LIVE | {"layout"},
     "gates": LIVE | {"layout", "offloading"},
     "attaching": LIVE | {"gates", "layout", "plans", "widening", "joining"},
