@@ -123,7 +123,7 @@ def write_adapter(
         )
     tensors, metadata, config = to_tensors(adapter, format, families=families)
     if format == "indexed":
-        metadata |= indexed_metadata(adapter)
+        metadata |= indexed_metadata(adapter, families)
     with ExitStack() as stack:
         if config_path is not None:
             stack.enter_context(atomic(config_path)).write_text(json.dumps(config, indent=2), "utf-8")
@@ -200,6 +200,10 @@ def _joined(
         if dialect == "xlabs" and resolved.is_diffusers:
             writing.problems.append(f"{component}.{path}: the format has no name for this module")
             continue
+        if resolved.is_diffusers and (other := _owner(source, names)):
+            # Wan's `norm3`: written so, it would be read as the other module's, or take its place in the file.
+            writing.problems.append(f"{component}.{path}: the format means {other} by this name, and has none for it")
+            continue
         groups.setdefault(source, (resolved, {}))[1][path] = delta
     named: list[tuple[str, Delta]] = []
     for source, (resolved, parts) in groups.items():
@@ -211,6 +215,11 @@ def _joined(
         except ConversionError as error:
             writing.problems.append(f"{component}.{source}: {error.what}")
     return named
+
+
+def _owner(name: str, names: Names) -> str | None:
+    """The module that the original calls as diffusers calls another one."""
+    return next((r.paths[0] for r in names.resolve(name) if not r.is_diffusers and name not in r.paths), None)
 
 
 def _ends(resolved: Resolved, deltas: Mapping[str, Delta], family: Family | None) -> bool:

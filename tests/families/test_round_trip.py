@@ -2,31 +2,47 @@
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
 
 from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse
 from lora_loaders.deltas import LoraDelta
-from lora_loaders.families import FAMILIES, Family
+from lora_loaders.detection import family_named
+from lora_loaders.errors import ConversionError
+from lora_loaders.families import FAMILIES, Family, Names
 from lora_loaders.families.rules import HOLE
 from lora_loaders.files import Contents
 from lora_loaders.writing import to_tensors
 
 UNIT, RANK = 4, 2
 SPELLINGS = ("diffusers", "kohya", "original", "omi", "onetrainer")
+# Each of these has a norm3 in diffusers; the original calls by that name what diffusers calls norm2.
+NORM3 = {
+    ("wan", "blocks.{i}.norm3"): WanTransformerBlock,
+    ("wan", "vace_blocks.{i}.norm3"): WanVACETransformerBlock,
+    ("skyreels2", "blocks.{i}.norm3"): SkyReelsV2TransformerBlock,
+    ("helios", "blocks.{i}.norm3"): HeliosTransformerBlock,
+}
+
+
+def nameless(names: Names) -> set[str]:
+    """Modules that the original has no name for, and whose own name is another module's there: Wan's `norm3`."""
+    rows = [rule for rule in names.rules if rule.dialect == "original"]
+    return set(names.modules) & {rule.source for rule in rows} - {path for rule in rows for path in rule.targets}
 
 
 def denoiser_of(family: Family) -> Adapter:
     """A LoRA on each module of the first blocks, rows in the proportions of the family's fused modules."""
     names = family.components[family.denoiser]
     raw = {path for rule in names.rules if rule.parameter or rule.last_only for path in rule.targets}
-    raw |= {"blocks.{i}.norm3"} & set(
-        names.absent
-    )  # Wan's, which has no weights: its name is the original's second norm
     shares = {path: n for rule in names.rules for path, n in zip(rule.targets, rule.shares, strict=True) if n > 1}
     generator = torch.Generator().manual_seed(0)
     deltas: dict[str, LoraDelta] = {}
     for template in names.modules:
-        if template not in raw:
+        if template not in raw | nameless(names):
             rows = 2 * UNIT * shares.get(template, 1)
             up, down = (torch.randn(size, generator=generator) for size in ((rows, RANK), (RANK, UNIT)))
             deltas[HOLE.sub("0", template)] = LoraDelta(up=up, down=down, alpha=3.0)
@@ -34,9 +50,7 @@ def denoiser_of(family: Family) -> Adapter:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family.name != "wan"], ids=lambda family: family.name
-)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_is_written_is_read_as_the_same_change(family: Family, spelling: str) -> None:
     adapter = denoiser_of(family)
     if spelling == "omi" and "omi" not in {rule.dialect for rule in family.components[family.denoiser].rules}:
@@ -48,3 +62,43 @@ def test_what_is_written_is_read_as_the_same_change(family: Family, spelling: st
     assert found.keys() == adapter.deltas[family.denoiser].keys()
     for path, delta in adapter.deltas[family.denoiser].items():
         torch.testing.assert_close(found[path].delta_weight(), delta.delta_weight(), rtol=0, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family) -> None:
+    home, metadata, _ = to_tensors(denoiser_of(family), "kohya")
+    contents = Contents(home, metadata)
+    for spelling in ("original", "peft", "diffusers", "kohya"):
+        tensors, metadata, config = to_tensors(parse(contents, family.name), spelling)
+        contents = Contents(tensors, metadata, config if spelling == "peft" else None)
+    assert contents.tensors.keys() == home.keys()
+    changed = [key for key, tensor in home.items() if not torch.equal(tensor, contents.tensors[key])]
+    assert not changed
+
+
+def test_a_module_that_the_original_has_no_name_for_has_no_weights() -> None:
+    found = {(family.name, path) for family in FAMILIES for path in nameless(family.components[family.denoiser])}
+    assert found == NORM3.keys()
+    for block in (cls(dim=8, ffn_dim=16, num_heads=2, cross_attn_norm=True) for cls in NORM3.values()):
+        assert not [*block.norm3.parameters(), *block.norm3.buffers()]
+        assert [*block.norm2.parameters()]
+
+
+@pytest.mark.parametrize(("family", "template"), NORM3)
+@pytest.mark.parametrize("beside", [True, False], ids=["beside norm2", "without norm2"])
+def test_a_change_that_would_be_read_as_another_modules_is_refused(family: str, template: str, beside: bool) -> None:
+    path = HOLE.sub("0", template)
+    sister = path.replace("norm3", "norm2")
+    adapter = denoiser_of(family_named(family))
+    deltas = dict(adapter.deltas["transformer"])
+    deltas[path] = deltas[sister]
+    if not beside:
+        del deltas[sister]
+    for spelling in ("kohya", "original"):
+        with pytest.raises(ConversionError) as caught:
+            to_tensors(Adapter({"transformer": deltas}, family=family), spelling)
+        assert len(caught.value.problems) == 1
+        assert path in caught.value.problems[0]
+        assert sister in caught.value.problems[0]
+    tensors, metadata, _ = to_tensors(Adapter({"transformer": deltas}, family=family), "diffusers")
+    assert parse(Contents(tensors, metadata), family).deltas["transformer"].keys() == deltas.keys()
