@@ -1,13 +1,14 @@
 """What a file says beside its tensors: the header's metadata, and PEFT's `adapter_config.json`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .adapter import Adapter
 from .deltas import Delta, LoraDelta
 from .detection import family_named
 from .errors import ConversionError
+from .families import Family
 from .formats import Format
 from .peft_types import written
 from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config
@@ -61,9 +62,9 @@ def peft_config(alphas: Named, tuned: Mapping[str, Delta], keys: Iterable[str]) 
     return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **lora_config(loras)}
 
 
-def indexed_metadata(adapter: Adapter) -> dict[str, str]:
+def indexed_metadata(adapter: Adapter, families: Sequence[Family]) -> dict[str, str]:
     """What the format that numbers modules states of them."""
-    family = family_named(adapter.family or "")
+    family = family_named(adapter.family or "", families)
     metadata: dict[str, str] = {}
     for component, deltas in adapter.deltas.items():
         classes = dict.fromkeys(cls for cls, _ in family.traversal[component])

@@ -1,7 +1,7 @@
 """One load, from a source to attached layers: read, plan all components, check, apply, report."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,10 +57,10 @@ class LoadReport:
     norms: tuple[str, ...] = ()
 
 
-def family_of(model: nn.Module) -> Family | None:
+def family_of(model: nn.Module, families: Sequence[Family] = FAMILIES) -> Family | None:
     """The family whose denoiser this model is, told by its class and, for the UNets, by its configuration."""
     names = {cls.__name__ for cls in type(model).__mro__}
-    candidates = [family for family in FAMILIES if names & set(family.model_classes)]
+    candidates = [family for family in families if names & set(family.model_classes)]
     config: Mapping[str, Any] = getattr(model, "config", None) or {}
 
     def agreement(family: Family) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .families import FAMILIES, Family
 from .files import Contents, read
 from .loading import family_of, may_widen, plan_contents
 from .locating import HubOptions
@@ -21,6 +22,7 @@ def plan(
     *,
     component: str | None = None,
     weight_name: str | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> AttachPlan:
     """What attaching an adapter to a pipeline or model would do; nothing is touched, and the meta device will do.
 
@@ -29,6 +31,7 @@ def plan(
         adapter: an `Adapter`, a path, folder, Hub id, state dictionary, or just a list of keys.
         component: what files call the model, if `target` is one and its class does not tell.
         weight_name: file name inside a folder or repository.
+        families: where the target's family is looked up; pass your own beside `FAMILIES` to add one.
 
     Returns:
         A plan with `.matched`, `.unmatched`, `.problems`, `.ignored` and `.keys` (key -> what becomes of it).
@@ -37,11 +40,11 @@ def plan(
         AdapterFileError: the file cannot be read.
     """
     if isinstance(target, nn.Module):
-        family = family_of(target)
+        family = family_of(target, families)
         models: Mapping[str, nn.Module] = {component or (family.denoiser if family else "transformer"): target}
     else:
         models = components_of(target)
-        family = next((f for model in models.values() if (f := family_of(model)) is not None), None)
+        family = next((f for model in models.values() if (f := family_of(model, families)) is not None), None)
     if isinstance(adapter, Adapter):
         contents: Contents | Adapter = adapter
     elif isinstance(adapter, (str, os.PathLike, Mapping)):

@@ -84,5 +84,45 @@ def test_its_adapter_loads_into_a_live_model(file: Path) -> None:
     assert not plan.unmatched
 
 
+class YoursPipeline:
+    """A pipeline of which nothing is known but that it has a transformer."""
+
+    def __init__(self) -> None:
+        self.transformer = YoursTransformer()
+
+
+def changes(file: Path) -> dict[str, torch.Tensor]:
+    """What fusing must add to each weight, from the file's tensors by hand."""
+    tensors = safetensors.torch.load_file(file)
+    names = ("img_in", "layers_0_att_qkv", "layers_0_att_out", "layers_0_mod")
+    embed, qkv, out, mod = (
+        tensors[f"lora_unet_{name}.lora_up.weight"] @ tensors[f"lora_unet_{name}.lora_down.weight"] for name in names
+    )
+    attention = dict(zip(("to_q", "to_k", "to_v"), qkv.split(8), strict=True))
+    return {
+        "embed": embed,
+        **{f"blocks.0.attn.{name}": part for name, part in attention.items()},
+        "blocks.0.attn.to_out.0": out,
+        "blocks.0.norm.linear": torch.cat([mod[8:], mod[:8]]),
+    }
+
+
+@pytest.mark.parametrize("target", [YoursPipeline, YoursTransformer])
+def test_its_file_loads_into_what_is_attached_to(target: type, file: Path) -> None:
+    live = ll.attach(target())
+    model = live.transformer if target is YoursPipeline else live
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    method = live.load_lora_weights if target is YoursPipeline else live.load_lora_adapter
+    report = method(file, families=FAMILIES)
+    assert (report.family, report.components, report.unmatched) == ("yours", {"transformer": 6}, {})
+    live.fuse_lora()
+    expected = changes(file)
+    assert len(expected) == 6
+    for path, change in expected.items():
+        layer = model.get_submodule(path)
+        torch.testing.assert_close(layer.weight.detach(), before[f"{path}.weight"] + change, msg=path)
+    assert ll.plan(target(), file, families=FAMILIES).unmatched == {}
+
+
 def test_without_the_table_its_names_are_nobodys(file: Path) -> None:
     assert ll.read_adapter(file).family != "yours"

@@ -14,7 +14,7 @@ import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.combining.weighted import weighted_adapter
 from lora_loaders.errors import AdapterStateError, ConversionError
-from lora_loaders.families import Family
+from lora_loaders.families import FAMILIES, Family
 from lora_loaders.files import Contents, read
 from lora_loaders.fuse_report import FuseReport
 from lora_loaders.gates import changing
@@ -46,6 +46,7 @@ class LoraModelMixin(nn.Module):
         use_safetensors: bool | None = None,
         weight_name: str | None = None,
         low_cpu_mem_usage: bool = True,
+        families: Sequence[Family] = FAMILIES,
         **hub: Any,
     ) -> LoadReport:
         """Load an adapter from a path, folder, Hub id, state dictionary or `Adapter` into this model.
@@ -61,6 +62,7 @@ class LoraModelMixin(nn.Module):
             use_safetensors: False allows reading a pickle.
             weight_name: file name inside a folder or repository.
             low_cpu_mem_usage: accepted for compatibility; loading always is.
+            families: where the model's family is looked up; pass your own beside `FAMILIES` to add one.
             hub: subfolder, revision, token, cache_dir, local_files_only, force_download, proxies.
 
         Raises:
@@ -75,7 +77,7 @@ class LoraModelMixin(nn.Module):
         )
         if isinstance(contents, Contents):
             contents = with_alphas(contents, network_alphas, metadata, prefix)
-        component, family = self._lora_component(prefix)
+        component, family = self._lora_component(prefix, families)
         return load({component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap)
 
     def save_lora_adapter(
@@ -110,9 +112,9 @@ class LoraModelMixin(nn.Module):
         target = Path(save_directory) / (weight_name or "pytorch_lora_weights.safetensors")
         return save_bare(adapter, target) if format == "diffusers" else write_adapter(adapter, target, format)
 
-    def _lora_component(self, prefix: str | None) -> tuple[str, Family | None]:
+    def _lora_component(self, prefix: str | None, families: Sequence[Family] = FAMILIES) -> tuple[str, Family | None]:
         """What files call this model, and its family."""
-        family = family_of(self)
+        family = family_of(self, families)
         if family is not None and (prefix is None or prefix not in family.components):
             return family.denoiser, family
         return prefix or "transformer", family

@@ -13,7 +13,7 @@ import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.errors import AdapterStateError
-from lora_loaders.families import Family
+from lora_loaders.families import FAMILIES, Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
 from lora_loaders.integrations.equipping import equip
@@ -89,8 +89,11 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     @property
     def lora_family(self) -> Family | None:
         """The family of the pipeline's denoiser."""
-        found = (f for model in self.lora_components.values() if (f := family_of(model)) is not None)
-        return next(found, None) or family_of_class(type(self))
+        return self._family_among(FAMILIES)
+
+    def _family_among(self, families: Sequence[Family]) -> Family | None:
+        found = (f for model in self.lora_components.values() if (f := family_of(model, families)) is not None)
+        return next(found, None) or family_of_class(type(self), families)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Component -> names of its adapters, for components that have any."""
@@ -129,6 +132,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         use_safetensors: bool | None = None,
         load_into_transformer_2: bool | None = None,
         load_into_transformer_ref: bool | None = None,
+        families: Sequence[Family] = FAMILIES,
         **options: Any,
     ) -> LoadReport:
         """Load an adapter into all components it changes, or into none; it becomes the only active one of them.
@@ -143,6 +147,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             load_into_transformer_2: whether the file is for `transformer_2`, Wan 2.2's low-noise expert; if nobody
                 says, the file's name does (`…_high_noise…`, `…_low_noise…`), and else it is not.
             load_into_transformer_ref: whether it is for MiniMax-H3's reference partition.
+            families: where the pipeline's family is looked up; pass your own beside `FAMILIES` to add one.
             options: subfolder, revision, token, cache_dir, local_files_only, force_download, proxies.
 
         Raises:
@@ -163,7 +168,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             routed(models, second, contents),
             contents,
             name=adapter_name,
-            family=self.lora_family,
+            family=self._family_among(families),
             strict=strict,
             hotswap=hotswap,
             may_widen=may_widen(type(self).__name__),

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def _with_alphas(adapter: Adapter) -> dict[str, Tensor]:
     return {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): t for key, t in tensors.items()}
 
 
-def family_of_class(cls: type) -> Family | None:
+def family_of_class(cls: type, families: Sequence[Family] = FAMILIES) -> Family | None:
     """The family of a pipeline class; None if nothing tells.
 
     The component classes that its constructor names tell, or else its mixin.
@@ -145,7 +145,7 @@ def family_of_class(cls: type) -> Family | None:
     parameters = inspect.signature(cls.__init__).parameters
     annotations = " ".join(str(parameter.annotation) for parameter in parameters.values())
     said: str | None = getattr(cls, "_lora_family", None)
-    candidates = [f for f in FAMILIES if any(re.search(rf"\b{name}\b", annotations) for name in f.model_classes)]
+    candidates = [f for f in families if any(re.search(rf"\b{name}\b", annotations) for name in f.model_classes)]
     encoders = {name for name in parameters if name.startswith("text_encoder")}
     likeliest = min(candidates, key=lambda f: len(encoders.symmetric_difference(f.text_encoders)), default=None)
-    return likeliest or next((family for family in FAMILIES if family.name == said), None)
+    return likeliest or next((family for family in families if family.name == said), None)
