@@ -155,13 +155,14 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
     if template is None or (form.name == "peft" and family is not None and not _tells(component, family)):
         return None
     number = family.encoder_number(component) if is_encoder and family else ""
+    encoder = family.encoders.get(component, "") if family else ""
+    if "{encoder}" in template and not encoder:
+        return None  # ComfyUI's name of it is not known
     if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
         return template.format(component=component)
     if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
         return None  # which of two denoisers is meant stands in no key
-    return template.format(
-        component=component, number=number, encoder=family.encoders.get(component, "") if family else ""
-    )
+    return template.format(component=component, number=number, encoder=encoder)
 
 
 def _tells(component: str, family: Family) -> bool:

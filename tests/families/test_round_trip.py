@@ -1,15 +1,19 @@
 """Every family in every spelling that can say it: written, read again, the same change of every module."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
+from torch import Tensor
 
 from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse
 from lora_loaders.deltas import LoraDelta
+from lora_loaders.deltas.full import FullDelta
 from lora_loaders.detection import family_named
 from lora_loaders.errors import ConversionError
 from lora_loaders.families import FAMILIES, Family, Names
@@ -34,9 +38,8 @@ def nameless(names: Names) -> set[str]:
     return set(names.modules) & {rule.source for rule in rows} - {path for rule in rows for path in rule.targets}
 
 
-def denoiser_of(family: Family) -> Adapter:
+def loras_on(names: Names) -> dict[str, LoraDelta]:
     """A LoRA on each module of the first blocks, rows in the proportions of the family's fused modules."""
-    names = family.components[family.denoiser]
     raw = {path for rule in names.rules if rule.parameter or rule.last_only for path in rule.targets}
     shares = {path: n for rule in names.rules for path, n in zip(rule.targets, rule.shares, strict=True) if n > 1}
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +49,23 @@ def denoiser_of(family: Family) -> Adapter:
             rows = 2 * UNIT * shares.get(template, 1)
             up, down = (torch.randn(size, generator=generator) for size in ((rows, RANK), (RANK, UNIT)))
             deltas[HOLE.sub("0", template)] = LoraDelta(up=up, down=down, alpha=3.0)
-    return Adapter({family.denoiser: deltas}, family=family.name)
+    return deltas
+
+
+def denoiser_of(family: Family) -> Adapter:
+    return Adapter({family.denoiser: loras_on(family.components[family.denoiser])}, family=family.name)
+
+
+def assert_reads_as(adapter: Adapter, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """The file binds the adapter's modules, no others, and gives each the same ΔW."""
+    again = parse(Contents(tensors, metadata), adapter.family)
+    assert not again.unresolved
+    assert again.deltas.keys() == adapter.deltas.keys()
+    for component, deltas in adapter.deltas.items():
+        found = again.deltas[component]
+        assert found.keys() == deltas.keys()
+        changes = ((path, found[path].delta_weight(), delta.delta_weight()) for path, delta in deltas.items())
+        assert not [path for path, ours, written in changes if not torch.allclose(ours, written, rtol=0, atol=1e-6)]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -56,12 +75,34 @@ def test_what_is_written_is_read_as_the_same_change(family: Family, spelling: st
     if spelling == "omi" and "omi" not in {rule.dialect for rule in family.components[family.denoiser].rules}:
         pytest.skip("none of its modules is fused, so OMI has no names of its own for it")
     tensors, metadata, _ = to_tensors(adapter, spelling)
-    again = parse(Contents(tensors, metadata), family.name)
-    assert not again.unresolved
-    found = again.deltas[family.denoiser]
-    assert found.keys() == adapter.deltas[family.denoiser].keys()
-    for path, delta in adapter.deltas[family.denoiser].items():
-        torch.testing.assert_close(found[path].delta_weight(), delta.delta_weight(), rtol=0, atol=1e-6, msg=path)
+    assert_reads_as(adapter, tensors, metadata)
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "original"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_full_differences_are_read_as_they_were_written(family: Family, spelling: str) -> None:
+    loras = loras_on(family.components[family.denoiser])
+    full = {path: FullDelta(diff=lora.delta_weight()) for path, lora in loras.items()}
+    adapter = Adapter({family.denoiser: full}, family=family.name)
+    assert_reads_as(adapter, *to_tensors(adapter, spelling)[:2])
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "original", "onetrainer"])
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.text_encoders], ids=lambda family: family.name
+)
+def test_text_encoders_are_read_as_what_was_written(family: Family, spelling: str) -> None:
+    """ComfyUI's names hold the encoder's: an encoder that it has no name for is refused, not written without one."""
+    unnamed = {component for component in family.text_encoders if component not in family.encoders}
+    encoders = {component: loras_on(family.components[component]) for component in family.text_encoders}
+    if spelling == "original" and unnamed:
+        with pytest.raises(ConversionError) as caught:
+            to_tensors(Adapter(encoders, family=family.name), spelling)
+        assert {problem.partition(":")[0] for problem in caught.value.problems} == unnamed
+        encoders = {component: loras for component, loras in encoders.items() if component not in unnamed}
+    if encoders:
+        adapter = Adapter(encoders, family=family.name)
+        assert_reads_as(adapter, *to_tensors(adapter, spelling)[:2])
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
