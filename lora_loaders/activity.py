@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attaching import RESERVED_RANK, detach_adapters
+from .attaching import detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
 from .gates import exclusive
 from .layers.layer import AdapterLayer
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of
-from .loading import adapter_names, unregister
+from .loading import adapter_names, unregister, unwatch
 from .weights import by_path, one_each
 
 
@@ -127,7 +127,7 @@ def delete(model: nn.Module, names: Sequence[str]) -> None:
 
 @exclusive()
 def unload(model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool = False) -> None:
-    """Take all adapters out.
+    """Take all adapters out, and the room that was reserved for them.
 
     Args:
         model: the model.
@@ -152,6 +152,11 @@ def unload(model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool 
     if keep_wide:
         for _, layer in adapter_layers(model):
             layer.narrow_bases = ()
+    shared = shared_of(model)
+    if shared is not None and shared.reserved:
+        shared.reserved = 0
+        if not adapter_names(model):
+            unwatch(model)
     delete(model, adapter_names(model))
 
 
@@ -165,16 +170,6 @@ def move(model: nn.Module, names: Sequence[str], device: torch.device | str | in
                 for parameter in layer.parameters_of(name):
                     parameter.data = parameter.data.to(target)
     refresh(layer for _, layer in adapter_layers(model))
-
-
-@exclusive()
-def reserve(model: nn.Module, rank: int) -> None:
-    """Give every slot, of present and of coming layers, room for this rank, so that swapping finds the same storage."""
-    model.__dict__[RESERVED_RANK] = rank
-    shared = shared_of(model)
-    if shared is not None:
-        shared.reserved = rank
-        refresh(layer for _, layer in adapter_layers(model))
 
 
 Activity = list[tuple[tuple[str, ...], Mapping[str, float], bool]]

@@ -173,21 +173,29 @@ def register(model: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def unregister(model: nn.Module, name: str) -> None:
-    """Undo `register`; after the last adapter the gradients, hooks and flags of before are back."""
+    """Undo `register`; after the last adapter the gradients, hooks and flags of before are back.
+
+    Room that was reserved for hot-swapping stays, and the hooks with it: a compiled model must not see them go.
+    """
     configs: dict[str, LoraConfig] = model.__dict__.get(CONFIGS, {})
     configs.pop(name, None)
     if configs:
         return
     model.__dict__.pop(CONFIGS, None)
     model.__dict__.pop(LOADED, None)
-    if not is_equipped(model):
-        unwatch_forwards(model)
     shared = shared_of(model)
     if shared is not None:
-        unwatch_scale(model)
-        shared.reserved = 0
         for parameter in shared.frozen:
             parameter.requires_grad_(True)
+    if shared is None or not shared.reserved:
+        unwatch(model)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take away the hooks of a model that has no adapters."""
+    if not is_equipped(model):
+        unwatch_forwards(model)
+    unwatch_scale(model)
 
 
 def adapter_names(model: nn.Module) -> list[str]:

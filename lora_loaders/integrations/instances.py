@@ -8,6 +8,7 @@ from lora_loaders.activity import unload
 from lora_loaders.attaching import RESERVED_RANK
 from lora_loaders.fusing import fused_adapters, unfuse_all
 from lora_loaders.gates import unwatch_forwards, watch_forwards
+from lora_loaders.layout import shared_of
 from lora_loaders.loading import adapter_names
 from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraPipelineMixin
@@ -48,7 +49,7 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
         unfuse_all(models)
     # Fused ones first: where nobody says what to do with them, that is found before anything is changed.
     for model in sorted(models, key=lambda model: not fused_adapters(model)):
-        if adapter_names(model):
+        if adapter_names(model) or shared_of(model) is not None:  # or room is reserved
             unload(model, keep_fused=keep_fused)
     for instance in (*models, target):
         instance.__dict__.pop(RESERVED_RANK, None)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_loaders.layers.shared import Shared
@@ -42,22 +43,30 @@ def unwatch_scale(model: nn.Module) -> None:
 
 def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     shared = shared_of(model)
-    if shared is not None:
+    # Traced as a whole, the scale stays within the graph: nothing is left of it outside, whatever happens.
+    in_graph = shared is not None and torch.compiler.is_compiling() and not shared.parameters
+    if shared is not None and not in_graph:
         # A text encoder runs several times within one scaled `encode_prompt`: what held before must hold afterwards.
         shared.outer_scale = shared.scale
     for spelling in SPELLINGS:
         given = kwargs.get(spelling)
         if given is not None and "scale" in given:
             rest = {key: value for key, value in given.items() if key != "scale"}
-            if shared is not None:
-                set_scale(shared, 1.0 if given["scale"] is None else float(given["scale"]))
-            return args, {**kwargs, spelling: rest}
+            scale = 1.0 if given["scale"] is None else given["scale"]
+            if shared is not None and in_graph:
+                shared.traced = scale
+            elif shared is not None:
+                set_scale(shared, float(scale))
+            # None is what the model gets without a scale: compiled blocks need not tell the two apart.
+            return args, {**kwargs, spelling: rest or None}
     return None
 
 
 def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
     shared = shared_of(model)
-    if shared is not None:
+    if shared is not None and shared.traced is not None:
+        shared.traced = None
+    elif shared is not None and not torch.compiler.is_compiling():
         set_scale(shared, shared.outer_scale)
         shared.outer_scale = 1.0
 
@@ -65,7 +74,7 @@ def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
 def set_scale(shared: Shared, scale: float) -> None:
     """Multiply all contributions of a model's adapters by this."""
     changed = scale != shared.scale
-    shared.scale = scale
+    shared.set_scale(scale)
     if changed and shared.parameters:  # their values hold the scale; what a forward of ours computes does not
         refresh(shared.parameters)
 

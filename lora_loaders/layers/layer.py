@@ -218,7 +218,7 @@ class AdapterLayer(PeftNames, AdapterStore):
             return self._forward_trained(x, *args, **kwargs)
         if self._is_behind():
             self._rewrite_slot()
-        wide = x if self.slot_in_gain is None else self._along(x, 1 + self.shared.scale * self.slot_in_gain, x)
+        wide = x if self.slot_in_gain is None else self._along(x, 1 + self._scale() * self.slot_in_gain, x)
         return self.add_to(self.base_layer(wide, *args, **kwargs), x)
 
     @property
@@ -228,7 +228,7 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """The base layer's output with what the slot holds for this input."""
-        scale = self.shared.scale
+        scale = self._scale()
         if self.slot_out_gain is not None:
             out = self._along(out, 1 + scale * self.slot_out_gain, out)
         if self.slot_bias is not None:
@@ -241,6 +241,9 @@ class AdapterLayer(PeftNames, AdapterStore):
         if self.slot_down is not None:
             out = self._add_low_rank(out, x, scale)
         return out
+
+    def _scale(self) -> Any:
+        return self.shared.scale_to_compile if torch.compiler.is_compiling() else self.shared.scale
 
     def _is_trained(self) -> bool:
         # A compiler would guard on each parameter and recompile at every switch: it gets what the last switch saw.
@@ -260,7 +263,7 @@ class AdapterLayer(PeftNames, AdapterStore):
 
         refresh([self])
 
-    def _add_low_rank(self, out: Tensor, x: Tensor, scale: float) -> Tensor:
+    def _add_low_rank(self, out: Tensor, x: Tensor, scale: Any) -> Tensor:
         down, up = self.slot_down, self.slot_up
         assert down is not None
         assert up is not None
@@ -270,7 +273,7 @@ class AdapterLayer(PeftNames, AdapterStore):
             x = x.to(down.dtype)
         if self.kind is LINEAR:
             narrow = F.linear(x, down)
-            if scale != 1.0:
+            if isinstance(scale, Tensor) or scale != 1.0:
                 narrow = narrow * scale
             # One pass over the output instead of three; a compiler fuses the plain form better.
             if (
@@ -284,7 +287,7 @@ class AdapterLayer(PeftNames, AdapterStore):
             return out + F.linear(narrow, up).to(out.dtype)
         assert self.kind.low_rank is not None
         added = self.kind.low_rank(self.base_layer, x, down, up)
-        return out + (added if scale == 1.0 else added * scale).to(out.dtype)
+        return out + (added * scale if isinstance(scale, Tensor) or scale != 1.0 else added).to(out.dtype)
 
     def _forward_trained(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Adapter by adapter, over the parameters themselves, so that gradients reach them."""

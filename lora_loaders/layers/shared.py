@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+def _one() -> Tensor:
+    with torch.inference_mode(False):  # or it could be written to in inference mode only
+        return torch.ones((), dtype=torch.float64, device="cpu")
 
 
 @dataclass
@@ -15,11 +21,30 @@ class Shared:
     """Factor of the forward at hand (`attention_kwargs={"scale": …}`)."""
     outer_scale: float = 1.0
     """The factor that holds again after the forward at hand."""
+    factor: Tensor = field(default_factory=_one)
+    """`scale` as data, of shape (), on the CPU, from where kernels of any device take it as an argument: compiled code
+    reads it anew where it would recompile for another number."""
+    traced: Any = None
+    """The scale of a forward that is being traced as a whole, a number or a tensor; None outside such a trace."""
     reserved: int = 0
-    """Rank that every slot has room for, so that hot-swapping finds the same storage."""
+    """Rank that every slot has room for, so that hot-swapping finds the same storage; 0 where nothing is reserved."""
     frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     """Base parameters whose gradients were switched off for training an adapter."""
     parameters: list[Any] = field(default_factory=list[Any])
     """Layers of raw parameters, whose values hold the scale."""
     hooks: list[Any] = field(default_factory=list[Any])
     """Handles of the hooks that read the scale of a forward."""
+
+    def set_scale(self, scale: float) -> None:
+        """Let this be the scale, as a number and as data."""
+        if scale != self.scale:
+            self.scale = scale
+            self.factor.fill_(scale)
+
+    @property
+    def scale_to_compile(self) -> Any:
+        """The scale in a form that a compiler does not take for a constant."""
+        if self.traced is not None:
+            return self.traced
+        # What a gradient needs later must not be what the next forward writes to.
+        return self.factor.clone() if torch.is_grad_enabled() else self.factor

@@ -48,7 +48,7 @@ def _write_single(layer: AdapterLayer) -> Stack:
     """Write the slots that a layer has for itself, and tell what goes into the common ones."""
     terms, plain = layer.contributions()
     if plain:  # as nearly all are
-        layer.clear_slots(REST)
+        _clear_rest(layer)
         return [(factors, weight) for factors, weight, _ in terms if factors]
     stack: list[tuple[Factors, float]] = []
     dense: list[tuple[Delta, float]] = []
@@ -120,7 +120,7 @@ def _write_rest(
     """Gains, bias and dense changes: rare, so written one by one."""
     gained = any(factors.in_gain is not None or factors.out_gain is not None for factors, _ in stacked)
     if not (dense or gained or any(delta.delta_bias() is not None for delta, _ in contributing)):
-        layer.clear_slots(REST)
+        _clear_rest(layer)
         return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
@@ -141,9 +141,19 @@ def _write_rest(
         _put(layer, f"slot_{name}", None if value is None else value.to(dtype))
 
 
+def _clear_rest(layer: AdapterLayer) -> None:
+    if not layer.shared.reserved:
+        layer.clear_slots(REST)
+        return
+    for slot in REST:
+        _put(layer, slot, None)
+
+
 def _put(layer: AdapterLayer, slot: str, value: Tensor | None) -> None:
     present = getattr(layer, slot)
-    if value is not None and present is not None and present.shape == value.shape and present.device == value.device:
+    if value is None and present is not None and layer.shared.reserved:
+        present.zero_()  # a compiled model has seen it
+    elif value is not None and present is not None and present.shape == value.shape and present.device == value.device:
         present.copy_(value)
     else:
         layer.set_slot(slot, value)

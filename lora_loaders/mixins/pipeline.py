@@ -16,6 +16,7 @@ from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
+from lora_loaders.hotswap import Targets, reserve
 from lora_loaders.integrations.equipping import equip
 from lora_loaders.integrations.scale import encode_scaled
 from lora_loaders.layout import adapter_layers
@@ -251,7 +252,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             )
         if not keep_fused:
             fusing.unfuse_all(self._adapted())
-        for model in self._adapted():
+        for model in self.lora_components.values():
             activity.unload(model, keep_fused=keep_fused, keep_wide=not reset_to_overwritten_params)
 
     def _present(self, adapter_names: Any) -> list[str]:
@@ -271,10 +272,15 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             activity.move(model, names, device)
 
     @_at_once
-    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
-        """Give every adapted layer, present or coming, room for this rank, so that swapping finds the same storage."""
-        for model in self.lora_components.values():
-            activity.reserve(model, target_rank)
+    def enable_lora_hotswap(
+        self,
+        target_rank: int = 128,
+        check_compiled: str = "error",
+        *,
+        targets: Targets | Mapping[str, Targets] | None = None,
+    ) -> None:
+        """Give every adapted layer, and every one that `targets` means, room for this rank; see `hotswap.reserve`."""
+        reserve(self.lora_components, target_rank, targets)
 
     # Fusing
 

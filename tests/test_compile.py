@@ -1,0 +1,185 @@
+"""Compiled models: whatever becomes of the adapters, nothing is compiled again, and the result is the right one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import Made, adapter_file, flux, pipeline
+from torch import Tensor
+
+import lora_loaders as ll
+from lora_loaders.layout import adapter_layers
+
+INPUTS = {
+    "hidden_states": torch.linspace(-1, 1, 64).view(1, 4, 16),
+    "encoder_hidden_states": torch.linspace(-1, 1, 96).view(1, 3, 32),
+    "pooled_projections": torch.linspace(-1, 1, 32).view(1, 32),
+    "timestep": torch.tensor([0.5]),
+    "img_ids": torch.zeros(4, 3),
+    "txt_ids": torch.zeros(3, 3),
+    "guidance": torch.tensor([3.5]),
+    "return_dict": False,
+}
+RANK = 16
+no_recompile = torch._dynamo.config.patch(error_on_recompile=True)
+
+
+def _repeated_blocks(model: Any, **options: Any) -> Any:
+    model.compile_repeated_blocks(**options)
+    return model
+
+
+def _in_place(model: Any, **options: Any) -> Any:
+    model.compile(**options)
+    return model
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "repeated blocks": _repeated_blocks,
+    "model.compile": _in_place,
+    "torch.compile": torch.compile,
+}
+
+
+def made_for(modules: Sequence[str], rank: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file for some modules, and the change that it makes of each."""
+    made: Made = adapter_file(pipeline("flux1"), components=["transformer"], seed=seed, rank=rank, scale=0.3)
+    own = tuple(f".{module}" for module in modules)
+    tensors = {key: t for key, t in made.tensors.items() if key.split(".lora")[0].removesuffix(".alpha").endswith(own)}
+    return tensors, {path: c for path, c in made.changes["transformer"].items() if path.endswith(own)}
+
+
+def fresh() -> Any:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return ll.attach(flux())
+
+
+def wanted(*terms: tuple[float, dict[str, Tensor]]) -> Tensor:
+    """What a plain model gives whose weights hold the changes."""
+    torch.manual_seed(0)
+    model = flux()
+    with torch.no_grad():
+        for weight, changes in terms:
+            for path, change in changes.items():
+                model.get_submodule(path).weight += weight * change.float()
+        return model(**INPUTS)[0]
+
+
+def check(model: Any, expected: Tensor, **kwargs: Any) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(model(**INPUTS, **kwargs)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_that_becomes_of_adapters_recompiles(way: str) -> None:
+    model = fresh()
+    model.enable_lora_hotswap(target_rank=RANK, targets="all-linear")
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted())
+    (a, of_a), (b, of_b), (c, of_c) = (
+        made_for(["to_q", "to_k"], 4, 1),
+        made_for(["to_k", "proj_mlp"], 8, 2),
+        made_for(["to_v", "norm1.linear"], 2, 3),
+    )
+    assert of_a.keys() & of_b.keys()
+    assert not of_a.keys() & of_c.keys()
+    assert (wanted((1.0, of_a)) - wanted()).abs().max() > 1e-3
+    with no_recompile:
+        model.load_lora_adapter(a, adapter_name="a")
+        check(compiled, wanted((1.0, of_a)))
+        model.load_lora_adapter(b, adapter_name="b")
+        check(compiled, wanted((1.0, of_b)))
+        model.set_adapters(["a", "b"], [0.5, -2.0])
+        check(compiled, wanted((0.5, of_a), (-2.0, of_b)))
+        model.disable_lora()
+        check(compiled, wanted())
+        model.enable_lora()
+        model.load_lora_adapter(c, adapter_name="a", hotswap=True)  # other modules, another rank, the weight of before
+        check(compiled, wanted((0.5, of_c), (-2.0, of_b)))
+        model.delete_adapters("b")
+        check(compiled, wanted((0.5, of_c)))
+        model.delete_adapters("a")
+        check(compiled, wanted())
+        model.load_lora_adapter(b, adapter_name="d")
+        check(compiled, wanted((1.0, of_b)))
+
+
+def test_a_number_as_scale_recompiles_no_block() -> None:
+    model = fresh()
+    tensors, changes = made_for(["to_q"], 4, 1)
+    model.load_lora_adapter(tensors, adapter_name="a")
+    _repeated_blocks(model, backend="aot_eager", fullgraph=True)
+    check(model, wanted((1.0, changes)))
+    with no_recompile:
+        for scale in (0.5, 0.0, 1.0, -3.0):
+            check(model, wanted((scale, changes)), joint_attention_kwargs={"scale": scale})
+            check(model, wanted((1.0, changes)))
+
+
+@pytest.mark.parametrize("way", ["model.compile", "torch.compile"])
+def test_a_tensor_as_scale_does_not_recompile_a_whole_model(way: str) -> None:
+    model = fresh()
+    tensors, changes = made_for(["to_q"], 4, 1)
+    model.load_lora_adapter(tensors, adapter_name="a")
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((0.7, changes)), joint_attention_kwargs={"scale": torch.tensor(0.7)})
+    with no_recompile:
+        for scale in (0.5, 0.0, 1.0):
+            check(compiled, wanted((scale, changes)), joint_attention_kwargs={"scale": torch.tensor(scale)})
+    check(compiled, wanted((1.0, changes)))
+
+
+def test_a_text_encoder_swaps_without_recompiling() -> None:
+    torch._dynamo.reset()
+    pipe: Any = ll.attach(pipeline("sd15"))
+    ids = torch.arange(8).view(1, 8)
+    one, two = (adapter_file(pipe, components=["text_encoder"], seed=s, rank=r) for s, r in ((1, 2), (2, 8)))
+    pipe.enable_lora_hotswap(target_rank=RANK, targets={"text_encoder": ["q_proj", "v_proj", "k_proj", "out_proj"]})
+    pipe.text_encoder.compile(backend="eager")
+    with torch.no_grad():
+        pipe.load_lora_weights(one.tensors, "a")
+        first = pipe.text_encoder(ids)[0]
+        with no_recompile:
+            pipe.load_lora_weights(two.tensors, "a", hotswap=True)
+            swapped = pipe.text_encoder(ids)[0]
+        pipe.text_encoder._compiled_call_impl = None
+        torch.testing.assert_close(swapped, pipe.text_encoder(ids)[0])
+    assert (first - swapped).abs().max() > 1e-4
+
+
+def test_a_full_change_recompiles_once_and_then_never() -> None:
+    model = fresh()
+    model.enable_lora_hotswap(target_rank=RANK, targets=["to_q"])
+    _, changes = made_for(["to_q"], 4, 1)
+    path, change = next(iter(changes.items()))
+    model.load_lora_adapter({f"transformer.{path}.diff": change.float()}, adapter_name="full")
+    _repeated_blocks(model, backend="eager", fullgraph=True)
+    check(model, wanted((1.0, {path: change})))
+    with no_recompile:
+        model.disable_lora()
+        check(model, wanted())
+        model.set_adapters("full", 0.5)
+        check(model, wanted((0.5, {path: change})))
+        model.delete_adapters("full")
+        check(model, wanted())
+
+
+def test_reserved_room_changes_nothing_and_goes_with_unloading() -> None:
+    model = fresh()
+    before = {name: type(module) for name, module in model.named_modules()}
+    model.enable_lora_hotswap(target_rank=RANK, targets=["to_q"])
+    assert {layer.slot_down.shape[0] for _, layer in adapter_layers(model) if layer.slot_down is not None} == {RANK}
+    assert {path.rpartition(".")[2] for path, _ in adapter_layers(model)} == {"to_q"}
+    check(model, wanted())
+    model.unload_lora()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("targets", [["no_such"], {"vae": ["to_q"]}, {"transformer": ["to_q"], "text_encoder": ["no"]}])
+def test_targets_that_mean_nothing_change_nothing(targets: Any) -> None:
+    pipe: Any = ll.attach(pipeline("flux1"))
+    with pytest.raises(ll.AdapterMismatchError, match="means no module"):
+        pipe.enable_lora_hotswap(target_rank=RANK, targets=targets)
+    assert not [layer for model in pipe.lora_components.values() for layer in adapter_layers(model)]
