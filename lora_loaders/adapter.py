@@ -29,7 +29,7 @@ class Unresolved:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One named set of changes to a model, immutable.
 
@@ -54,6 +54,10 @@ class Adapter:
     ignored: Mapping[str, str] = field(default_factory=dict[str, str])
     unresolved: tuple[Unresolved, ...] = ()
     source: str = "a dictionary"
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{component}: {count} modules" for component, count in self.components.items())
+        return f"<Adapter {self.describe()} ({self.source}; {counts or 'no modules'})>"
 
     @property
     def components(self) -> dict[str, int]:

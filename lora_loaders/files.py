@@ -144,7 +144,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
+        if size >= 8 and not length <= MAX_HEADER:
+            start = length.to_bytes(8, "little")
+            raise refuse(f"no safetensors file: it begins with {start!r}, as a web page or a pointer to a file may")
+        if size < 8 or length > size - 8:
             raise refuse(f"{size} bytes, too short for its header of {length} bytes" if size else "an empty file")
         try:
             header = json.loads(file.read(length), object_pairs_hook=unique)

@@ -61,7 +61,7 @@ def _with_adapters(part: Any, x: Tensor, out: Tensor) -> Tensor:
 
 def follow_parts(model: nn.Module) -> None:
     """Bring every joined projection up to date with its parts: adapters on them are heeded, what is fused is copied."""
-    for owner in every_module(model):
+    for owner in every_module(model, adapters=False):
         if not vars(owner).get("fused_projections", False):
             continue
         for name, names in PARTS.items():

@@ -111,11 +111,19 @@ def submodule_at(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def every_module(model: nn.Module) -> list[nn.Module]:
-    """`modules()` at a tenth of its cost: each switch asks them all; one that stands in two places comes twice."""
+def every_module(model: nn.Module, *, adapters: bool = True) -> list[nn.Module]:
+    """`modules()` at a tenth of its cost: each switch asks them all; one that stands in two places comes twice.
+
+    Args:
+        model: the model.
+        adapters: whether the modules that hold adapters' parameters are wanted, several for each adapter of a layer.
+    """
     found = [model]
     for module in found:  # which grows meanwhile
-        found.extend(filter(None, children(module).values()))
+        if adapters or not isinstance(module, AdapterLayer):
+            found.extend(filter(None, children(module).values()))
+        else:
+            found.append(module.base_layer)
     return found
 
 

@@ -23,6 +23,8 @@ Group = tuple[nn.Module, Any]
 def groups_of(model: nn.Module) -> list[Group]:
     """Every group of tensors that is offloaded together, with the module whose hook moves it."""
     found: dict[int, Group] = {}
+    if not any("_diffusers_hook" in vars(module) for module in every_module(model, adapters=False)):
+        return []
     for module in every_module(model):
         registry = vars(module).get("_diffusers_hook")
         hook = registry.get_hook("group_offloading") if registry is not None else None

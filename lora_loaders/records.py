@@ -65,6 +65,13 @@ class Fused:
         restored = self.change.add_to(weight.to(self.where.device), -1.0).contiguous()
         restored.view(-1).index_copy_(0, self.where.long(), self.values.to(restored.dtype))
         if self.checksum is not None and not torch.equal(_checksums(restored.view(1, -1))[0], self.checksum):
+            was, now = self.values.dtype, weight.dtype
+            if was != now:
+                raise AdapterStateError(
+                    f"a weight was fused in {was} and is {now} now, where what was added cannot be told exactly",
+                    mend=f"Call .to({was}) first; every bit can still come back.",
+                    state="Nothing was unfused.",
+                )
             raise AdapterStateError(
                 "a fused weight is not what fusing left: it was changed, cast or trained since",
                 mend="Keep the weights as they are with unload_lora_weights(keep_fused=True), "

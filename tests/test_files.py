@@ -105,7 +105,7 @@ def test_empty_file_is_called_empty(tmp_path: Path) -> None:
 def test_garbage_is_refused_without_a_large_allocation(tmp_path: Path) -> None:
     path = tmp_path / "garbage.safetensors"
     path.write_bytes(b"\xff" * 4096)  # as a length of the header: 16 EiB
-    with pytest.raises(MalformedAdapterError, match="too short for its header"):
+    with pytest.raises(MalformedAdapterError, match="no safetensors file"):
         read_adapter(path)
 
 

@@ -604,3 +604,16 @@ def test_weights_are_fused_alike_in_batches_of_any_size(
         assert changed_bits(fused, pipe.unet) == []
         pipe.unfuse_lora()
         assert changed_bits(before, pipe.unet) == []
+
+
+def test_unfusing_in_another_dtype_says_how_to_get_every_bit_back(pipe: Any, files: dict[str, Made]) -> None:
+    pipe.unet.to(torch.bfloat16)
+    pipe.load_lora_weights(files["c"].tensors, "c")
+    before = bits(pipe.unet)
+    pipe.fuse_lora(components=["unet"])
+    pipe.unet.to(torch.float32)
+    with pytest.raises(ll.AdapterStateError, match=r"Call \.to\(torch\.bfloat16\) first"):
+        pipe.unfuse_lora(components=["unet"])
+    pipe.unet.to(torch.bfloat16)
+    pipe.unfuse_lora(components=["unet"])
+    assert changed_bits(before, pipe.unet) == []

@@ -12,6 +12,7 @@ from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source
 from lora_loaders.deltas import Delta, FullDelta, LoraDelta
 from lora_loaders.errors import ConversionError
+from lora_loaders.weights import number
 
 from .approximating import (
     Approximation,
@@ -128,6 +129,8 @@ def merge(
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str) -> None:
+    for weight in weights:
+        number(weight)
     families = {adapter.family for adapter in adapters if adapter.family}
     tokens = [token for adapter in adapters for token in adapter.embeddings]
     twice = sorted({token for token in tokens if tokens.count(token) > 1})

@@ -98,11 +98,6 @@ class Family:
         readings = [r for r in names.resolve(path) if r.is_diffusers] if names else []
         return readings[0].paths[0] if readings and len(readings[0].paths) == 1 else path
 
-    def expected_shape(self, component: str, path: str) -> tuple[int | None, int | None] | None:
-        """The published models' `[out, in]` at this path, if it is among the telling ones and there is but one."""
-        known = self._known_shapes(component, path)
-        return known[0] if len(known) == 1 else None
-
     def fits(self, component: str, path: str, out_features: int | None, in_features: int | None) -> bool:
         """Whether a published model has such a weight here; True where nothing is known of this path.
 

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from lora_loaders.errors import UnknownFormatError
+
 from .diffusers import DIFFUSERS, DIFFUSERS_OLD, PEFT
 from .format import Format as Format
 from .grammar import NO_SUFFIX as NO_SUFFIX
@@ -23,12 +25,16 @@ def format_named(name: str) -> Format:
     """The format of this name.
 
     Raises:
-        ValueError: no such format.
+        UnknownFormatError: no such format.
     """
     for form in FORMATS:
         if form.name == name:
             return form
-    raise ValueError(f"no format {name!r}; there are {', '.join(form.name for form in FORMATS)}")
+    raise UnknownFormatError(
+        f"no format {name!r}",
+        mend=f"There are {', '.join(form.name for form in FORMATS)}.",
+        state="Nothing was read or written.",
+    )
 
 
 def read_modules(keys: Sequence[str]) -> tuple[list[RawModule], dict[str, str], str]:

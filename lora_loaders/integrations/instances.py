@@ -26,11 +26,16 @@ def attach(target: T) -> T:
 
     Returns:
         The same instance. Its class keeps its name, and `isinstance`, pickling and `save_pretrained` go on as before.
+
+    Raises:
+        TypeError: neither a pipeline nor a model.
     """
     if isinstance(target, nn.Module):
         equip(target, LoraModelMixin)
         watch_forwards(target)
         return target
+    if not hasattr(target, "__dict__") or isinstance(target, type):
+        raise TypeError(f"attach takes a diffusers pipeline or a model, not {target!r}. Nothing was changed.")
     equip(target, LoraPipelineMixin)
     for model in target.lora_components.values():  # type: ignore[attr-defined]
         equip(model, LoraModelMixin)

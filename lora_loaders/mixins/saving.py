@@ -114,7 +114,8 @@ def state_dict_like_diffusers(cls: type, contents: Contents | Adapter, metadata:
 
     Where neither alphas nor metadata are returned, alpha stays among the tensors: it is part of what the file says.
     """
-    if isinstance(contents, Contents) and all(PLAIN.match(key) for key in contents.tensors):
+    is_plain = isinstance(contents, Contents) and all(PLAIN.match(key) for key in contents.tensors)
+    if isinstance(contents, Contents) and is_plain and (metadata or METADATA_KEY not in contents.metadata):
         renamed, header = dict(contents.tensors), contents.metadata
     else:
         adapter = contents if isinstance(contents, Adapter) else parse(contents, family_of_class(cls))
