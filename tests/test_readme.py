@@ -1,6 +1,7 @@
 """The README keeps its promises: the generated table is fresh, and what it names is there."""
 
 import re
+import textwrap
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -83,4 +84,4 @@ def test_named_modules_exist(path: str) -> None:
 def test_python_examples_parse() -> None:
     examples: list[str] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     parse: Callable[[str], object] = lambda text: compile(text, "README.md", "exec")  # noqa: E731
-    assert all(parse(re.sub(r"^ {3}", "", example, flags=re.MULTILINE)) for example in examples)
+    assert all(parse(textwrap.dedent(example)) for example in examples)
