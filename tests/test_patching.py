@@ -201,6 +201,7 @@ def test_text_encoders_take_our_configuration_and_leave_others_to_transformers()
 def test_what_diffusers_warns_of_is_a_warning_on_its_logger(caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipeline("flux1")
     for name in ("diffusers.loaders.peft", "diffusers.loaders.lora_base"):
+        caplog.set_level(logging.WARNING, name)  # other tests quieten diffusers
         logging.getLogger(name).addHandler(caplog.handler)
     report = pipe.load_lora_weights({"lora_foo": torch.tensor(2.0)}, adapter_name="a", torch_dtype=torch.float16)
     assert (report.components, pipe.get_list_adapters()) == ({}, {})
