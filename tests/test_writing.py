@@ -20,7 +20,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse, read_adapter
 from lora_loaders.converting import convert
 from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
-from lora_loaders.errors import AdapterFileError, ConversionError
+from lora_loaders.errors import AdapterFileError, ConversionError, UnknownFormatError
 from lora_loaders.files import Contents, read_header
 from lora_loaders.writing import to_tensors, write_adapter
 
@@ -485,5 +485,5 @@ def test_convert_refuses_a_file_with_unknown_modules_and_writes_nothing(tmp_path
 
 
 def test_unknown_format_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match="there are peft, diffusers"):
+    with pytest.raises(UnknownFormatError, match="There are peft, diffusers"):
         to_tensors(flux_kohya().read(), "kohia")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_loaders import formats
+from lora_loaders import UnknownFormatError, formats
 from lora_loaders.formats import FORMATS, format_named
 from lora_loaders.formats.grammar import (
     COMMON,
@@ -143,7 +143,7 @@ def test_formats_are_found_by_name_and_no_two_share_one() -> None:
     assert len({form.name for form in FORMATS}) == len(FORMATS)
     for form in FORMATS:
         assert format_named(form.name) is form
-    with pytest.raises(ValueError, match="there are peft, diffusers"):
+    with pytest.raises(UnknownFormatError, match="There are peft, diffusers"):
         format_named("nothing")
 
 
