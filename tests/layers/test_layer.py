@@ -420,8 +420,9 @@ def test_a_copy_computes_the_same_and_is_independent(through: Callable[[Any], An
     twin = through(model)
     with torch.no_grad():
         wanted = model["it"](x)
-        assert torch.equal(twin["it"](x), wanted)
+        # Not to the bit: a copy lies at other addresses, where some processors' BLAS sums in another order.
+        torch.testing.assert_close(twin["it"](x), wanted, rtol=1e-12, atol=1e-12)
         detach_adapters(twin)
-        assert torch.equal(twin["it"](x), base(x))
+        torch.testing.assert_close(twin["it"](x), base(x), rtol=1e-12, atol=1e-12)
         assert torch.equal(model["it"](x), wanted)
     assert [path for path, _ in adapter_layers(model)] == ["it"]
