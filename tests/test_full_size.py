@@ -28,7 +28,6 @@ def unet() -> nn.Module:
     return ll.attach(model.to_empty(device="cpu"))
 
 
-@pytest.mark.slow
 def test_complete_sdxl_kohya_layout_loads_with_the_delta_weight_of_the_formula(unet: nn.Module) -> None:
     manifest = json.loads(shared_file("manifests/lorainspector_sdxl_kohya.json").read_text())["keys"]
     assert len(manifest) == 2382

@@ -17,7 +17,7 @@ from torch import Tensor
 import lora_loaders as ll
 from lora_loaders.tuning.adding import target_modules
 
-peft = pytest.importorskip("peft", reason="parity with PEFT needs PEFT (the `parity` extra)")
+peft = pytest.importorskip("peft", reason="parity with PEFT needs PEFT (scripts/setup_peers)")
 pytestmark = pytest.mark.parity
 
 ROUNDING = {"rtol": 2e-4, "atol": 2e-4}

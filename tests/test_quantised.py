@@ -16,6 +16,8 @@ from lora_loaders.errors import AdapterStateError, UnsupportedBaseError
 from lora_loaders.layers.base_weight import Places, adapter_dtype, bits_of, read_weight, restore, rewrite
 from lora_loaders.layers.layer import AdapterLayer
 
+pytestmark = pytest.mark.parity
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 BFLOAT16 = 2.0**-8

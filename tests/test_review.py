@@ -27,6 +27,7 @@ def factors(pipe: Any, component: str) -> dict[str, Tensor]:
 # PEFT's helpers
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "gaussian"}])
 def test_the_training_scripts_of_diffusers_go_through(options: dict[str, Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT's helpers need PEFT")
@@ -53,6 +54,7 @@ def test_the_training_scripts_of_diffusers_go_through(options: dict[str, Any], t
     assert (render(pipeline("sd15")) - wanted).abs().max() > 1e-3
 
 
+@pytest.mark.parity
 def test_peft_reads_its_own_state_dictionary_back() -> None:
     peft = pytest.importorskip("peft", reason="PEFT's helpers need PEFT")
     one, other = ll.attach(unet()), ll.attach(unet())
@@ -65,6 +67,7 @@ def test_peft_reads_its_own_state_dictionary_back() -> None:
         assert torch.equal(tensor, layers[key]), key
 
 
+@pytest.mark.parity
 def test_one_of_two_adapters_is_taken() -> None:
     peft = pytest.importorskip("peft", reason="PEFT's helpers need PEFT")
     model = ll.attach(unet())

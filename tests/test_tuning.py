@@ -146,6 +146,7 @@ def test_a_taken_name_is_refused(model: Any) -> None:
         model.add_adapter(ll.LoraConfig(target_modules=["to_k"]), "x")
 
 
+@pytest.mark.parity
 def test_a_dictionary_and_a_peft_configuration_are_accepted(model: Any) -> None:
     model.add_adapter({"r": 3, "lora_alpha": 6, "target_modules": ["to_q"]}, "dictionary")
     assert {layer.delta("dictionary").rank for layer in layers(model).values()} == {3}
@@ -285,6 +286,7 @@ def test_a_configuration_is_written_and_read_as_peft_does(tmp_path: Path) -> Non
         ll.LoraConfig.from_pretrained(tmp_path / "elsewhere")
 
 
+@pytest.mark.parity
 def test_peft_reads_our_configuration_and_we_read_pefts(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT's own configuration needs PEFT")
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["to_q"], "alpha_pattern": {"to_q": 2}}

@@ -2,9 +2,10 @@
 
     python scripts/parity/algebras.py [--output table.md]
 
-Needs peft and lycoris-lora (the `parity` extra). Files that they write are read; files that are written here they read
-back. A cell is the largest error relative to the largest value, in float32 and in float64. A peer that cannot do a
-thing is quoted; one that computes something else than its own merged weight says is marked, and the formula judges.
+Needs peft and lycoris-lora (scripts/setup_peers, then PYTHONPATH=.venv/peers). Files that they write are read; files
+that are written here they read back. A cell is the largest error relative to the largest value, in float32 and in
+float64. A peer that cannot do a thing is quoted; one that computes something else than its own merged weight says is
+marked, and the formula judges.
 """
 
 import argparse
@@ -474,7 +475,7 @@ def main() -> int:
         import_module("lycoris")
         peft: Any = import_module("peft")
     except ImportError as error:
-        print(f"{error.name} is not installed: the table compares with its files. pip install 'lora-loaders[parity]'")
+        print(f"{error.name} is not to be found; the table compares with its files: run scripts/setup_peers first")
         return 2
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

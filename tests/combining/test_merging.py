@@ -91,6 +91,7 @@ def test_pruning_methods_work_on_the_change_itself(method: Method) -> None:
     assert only(ll.merge([adapter(one), adapter(other)], method=method)).rank == 3
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("majority", ["total", "frequency"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_arithmetic_is_pefts(method: Method, majority: str) -> None:

@@ -37,6 +37,7 @@ def ours() -> Any:
     return made
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_every_way_gives_what_pefts_gives(combination: str) -> None:
     peft = pytest.importorskip("peft", reason="compares with peft")
