@@ -112,7 +112,7 @@ def _apply(plan: AttachPlan, name: str, activate: bool, requires_grad: bool, dro
                 touched[component].enabled = True
                 for _, layer in adapter_layers(plan.models[component]):
                     undo.states.append((layer, layer.active))
-                    layer.active = (name,)
+                    layer.activate((name,))
         refresh(layer for layer, _ in undo.states)
         for component in plan.components:
             follow_parts(plan.models[component])

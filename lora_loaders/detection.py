@@ -175,15 +175,12 @@ def vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
     """Whether the file speaks diffusers' names, told by the names that only one side has; None if none tells."""
     if family is None:
         return None
-    ambiguous = False
-    ballots: set[bool] = set()
-    for module in modules:
-        readings = readings_of(module, family)
-        if len(readings) == 2:
-            ambiguous = True
-        elif readings and not _is_common(*readings[0], family):
-            ballots.add(readings[0][1].is_diffusers)
-    return ballots.pop() if ambiguous and len(ballots) == 1 else None
+    read = [readings_of(module, family) for module in modules]
+    if all(len(readings) != 2 for readings in read):
+        return None
+    told = (readings[0] for readings in read if len(readings) == 1)
+    ballots = {reading.is_diffusers for component, reading in told if not _is_common(component, reading, family)}
+    return ballots.pop() if len(ballots) == 1 else None
 
 
 def _is_common(component: str, reading: Resolved, family: Family) -> bool:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .collecting import uncollected
 from .offloading import in_step
 
 
@@ -97,7 +98,7 @@ def gate_of(model: nn.Module) -> Gate:
 @contextmanager
 def changing(models: Iterable[nn.Module], *, reads_bases: bool = False) -> Generator[None]:
     """The only change of these models while the block lasts, with no forward of them under way; see `in_step`."""
-    with ExitStack() as stack:
+    with uncollected(), ExitStack() as stack:
         # In one order everywhere, so that two changes of the same two models never wait for each other.
         for model in sorted({id(model): model for model in models}.values(), key=id):
             gate = gate_of(model)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .attaching import apply, detach_adapters
+from .collecting import uncollected
 from .conversion import parse, with_live_names
 from .detection import rank_families
 from .errors import AdapterMismatchError, AdapterStateError, NothingFitsError
@@ -98,6 +99,7 @@ def plan_contents(
     )
 
 
+@uncollected()
 def load(
     models: Mapping[str, nn.Module],
     contents: Contents | Adapter,
