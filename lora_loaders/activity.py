@@ -10,6 +10,7 @@ from .attaching import detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
 from .gates import exclusive
+from .layers.arrangement import switch
 from .layers.layer import AdapterLayer
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of
@@ -45,12 +46,12 @@ def choose(model: nn.Module, names: Sequence[str]) -> None:
     _activate([layer for _, layer in adapter_layers(model)], names)
 
 
-def _activate(layers: Sequence[AdapterLayer], names: Sequence[str]) -> None:
+def _activate(layers: list[AdapterLayer], names: Sequence[str]) -> None:
     active = tuple(names)
     for layer in layers:
         layer.activate(active)
         layer.shared.enabled = True
-    refresh(layers)
+    switch(layers, active)
 
 
 def active_names(model: nn.Module) -> list[str]:

@@ -6,16 +6,17 @@
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import BufferMover
+from .buffers import BufferMover, part_of
 from .deltas import Delta
 from .errors import AdapterStateError
 from .gates import changing, exclusive
 from .joining import follow_parts
-from .layers.base_weight import adapter_device, adapter_dtype
+from .layers.base_weight import adapter_place
 from .layers.kinds import PARAMETER
 from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer, install, layer_for, uninstall
@@ -173,12 +174,11 @@ def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
     groups: dict[_Place, list[Tensor]] = {}
     wanted: list[tuple[Delta, dict[str, _Place]]] = []
     for binding, layer in bindings:
-        device, dtype = adapter_device(layer.base_layer), adapter_dtype(layer.base_layer)
+        device, dtype = adapter_place(layer.base_layer)
         places: dict[str, _Place] = {}
         for slot, tensor in binding.delta.tensors().items():
-            place = (device or tensor.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            places[slot] = place = (device or tensor.device, dtype)
             groups.setdefault(place, []).append(tensor)
-            places[slot] = place
         wanted.append((binding.delta, places))
     settled = {place: iter(_packed(tensors, *place)) for place, tensors in groups.items()}
     return [delta.with_tensors({s: next(settled[place]) for s, place in places.items()}) for delta, places in wanted]
@@ -188,8 +188,9 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
     """Copies of the tensors, in one new buffer."""
     move = BufferMover(device)
     sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
-    targets = [part[: t.numel()].view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
+    starts = accumulate(sizes, initial=0)
+    targets = [part_of(buffer, tensor.shape, start) for tensor, start in zip(tensors, starts, strict=False)]
     torch._foreach_copy_(targets, [move(tensor.detach()) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
     return targets
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .buffers import part_of
 from .errors import UNTOUCHED, MalformedAdapterError, UnsafeFileError
 from .lazy import FileTensor, SourceFile, Span, bytes_of, form_of, pieces_of, write_all
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, locate
@@ -218,7 +219,7 @@ def _view(blob: Tensor, typed: Tensor, entry: Entry) -> Tensor:
     itemsize = entry.dtype.itemsize
     if entry.start % itemsize:  # some writers do not align; a view would be refused
         return blob[entry.start : entry.stop].clone().view(entry.dtype).view(entry.shape)
-    return typed[entry.start // itemsize : entry.stop // itemsize].view(entry.shape)
+    return part_of(typed, entry.shape, entry.start // itemsize)
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,5 +1,6 @@
 """A live model seen as names: where a module stands, how large it is, and which layers carry adapters."""
 
+import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
@@ -157,15 +158,20 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     """Every adapter layer of a model with its path."""
-    return list(_walk(model, ""))
+    found: list[tuple[str, AdapterLayer]] = []
+    _gather(model, "", found)
+    return found
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, AdapterLayer]]:
-    for name, child in children(module).items():
+def _gather(module: nn.Module, prefix: str, found: list[tuple[str, AdapterLayer]], limit: float = math.inf) -> None:
+    # Not as a generator: through its levels each layer would be handed up one by one.
+    for name, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
         if isinstance(child, AdapterLayer):
-            yield prefix + name, child
-        elif child is not None and children(child):
-            yield from _walk(child, f"{prefix}{name}.")
+            found.append((prefix + name, child))
+        elif child is not None and child._modules:  # pyright: ignore[reportPrivateUsage]
+            _gather(child, f"{prefix}{name}.", found, limit)
+        if len(found) >= limit:
+            return
 
 
 def named_bases(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -180,5 +186,6 @@ def named_bases(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 def shared_of(model: nn.Module) -> Shared | None:
     """The common state of a model's adapter layers, None if it has none."""
-    layer = next(_walk(model, ""), None)
-    return None if layer is None else layer[1].shared
+    first: list[tuple[str, AdapterLayer]] = []
+    _gather(model, "", first, limit=1)
+    return first[0][1].shared if first else None

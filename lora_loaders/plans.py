@@ -187,10 +187,11 @@ def _bind(
     shape = delta.shape
     own = logical_shape(base)
     tensors = delta.tensors()
+    unreal = base.weight.is_meta
     for slot, tensor in tensors.items():
         if not tensor.is_floating_point() or delta.rank == 0:
             return None, f"{slot} of {tensor.dtype} and shape {tuple(tensor.shape)} is no weight"
-        if tensor.is_meta and not base.weight.is_meta:
+        if tensor.is_meta and not unreal:
             return None, f"{slot} holds no data: it is on the meta device"
     for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
         if bias.shape != own[:1]:

@@ -6,9 +6,9 @@ Pure tensors: nothing here knows of modules, files or names.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -129,7 +129,8 @@ class Delta(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensor fields by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        held = vars(self)
+        return {name: held[name] for name in _tensor_fields(type(self)) if held[name] is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same delta with `change` applied to each tensor (a move, a cast)."""
@@ -179,6 +180,12 @@ class Delta(ABC):
             f"{cls.kind} deltas of separate modules cannot be stacked into one fused module",
             mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
         )
+
+
+@cache
+def _tensor_fields(algebra: type[Delta]) -> tuple[str, ...]:
+    """Fields of an algebra that hold a tensor or None; asking the values takes twice as long, and a load asks often."""
+    return tuple(field.name for field in fields(algebra) if Tensor in (field.type, *get_args(field.type)))
 
 
 def check_sizes(rows: int, sizes: Sequence[int]) -> None:

@@ -75,27 +75,41 @@ class AdapterLayer(PeftNames, AdapterStore):
     SLOTS = ("slot_down", "slot_up", "slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
 
     def __init__(self, base_layer: nn.Module, kind: Kind, shared: Shared) -> None:
-        blank(self)
         # Past nn.Module's __setattr__ and register_buffer, which take as long as all the rest of this.
-        vars(self).update(kind=kind, shared=shared, training=base_layer.training)
-        vars(self).update(templates={}, weights={}, dropouts={}, active=(), fused=None, narrow_bases=())
-        vars(self).update(_trained=(), _trains=False, _versions=0, _stale=False, _known={})
-        self._modules["base_layer"] = base_layer
-        self._buffers.update(dict.fromkeys(self.SLOTS))
-        self._non_persistent_buffers_set.update(self.SLOTS)
-        self.register_load_state_dict_post_hook(_mark_stale)
+        state = vars(blank(self))
+        state.update(
+            kind=kind,
+            shared=shared,
+            training=base_layer.training,
+            templates={},
+            weights={},
+            dropouts={},
+            active=(),
+            fused=None,
+            narrow_bases=(),
+            _trained=(),
+            _trains=False,
+            _versions=0,
+            _stale=False,
+            _known={},
+        )
+        state["_modules"]["base_layer"] = base_layer
+        state["_buffers"].update(dict.fromkeys(self.SLOTS))
+        state["_non_persistent_buffers_set"].update(self.SLOTS)
 
     # Adapters
 
     def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
         """Register one adapter; it is not active yet."""
         super().add(name, delta, requires_grad=requires_grad)
+        self.shared.arrangements.clear()
         self.reweigh({name: 1.0})
         self.dropouts[name] = dropout
 
     def remove(self, name: str) -> None:
         """Forget one adapter, half-registered ones too."""
         super().remove(name)
+        self.shared.arrangements.clear()
         self.weights = {other: weight for other, weight in self.weights.items() if other != name}
         self.dropouts.pop(name, None)
         self._known.pop(name, None)
@@ -104,6 +118,7 @@ class AdapterLayer(PeftNames, AdapterStore):
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
         super().rename(old, new)
+        self.shared.arrangements.clear()
         self._known.pop(old, None)
         self.weights = {new if name == old else name: weight for name, weight in self.weights.items()}
         self.dropouts[new] = self.dropouts.pop(old)
@@ -166,10 +181,20 @@ class AdapterLayer(PeftNames, AdapterStore):
                 plain = plain and known.holders is not None
             parameters += known.parameters
             terms.append((known.factors, weight, known.delta))
-        state = vars(self)
-        state["_trained"], state["_trains"] = parameters, any(map(_REQUIRES_GRAD, parameters))
-        state["_versions"], state["_stale"] = sum(map(_VERSION, parameters)), False
+        self.note_written(parameters, any(map(_REQUIRES_GRAD, parameters)))
         return terms, plain
+
+    def note_written(self, parameters: Sequence[nn.Parameter], trains: bool) -> None:
+        """Remember what the slot was written from: the forward looks whether they have changed since."""
+        state = vars(self)
+        state["_trained"], state["_trains"] = parameters, trains
+        state["_versions"], state["_stale"] = sum(map(_VERSION, parameters)), False
+
+    def plain_contributions(self) -> list[tuple[str, Contribution]] | None:
+        """The contributing adapters, if each is known to be a plain product as its parameters stand now."""
+        names = [name for name, _ in self.contributing]
+        known = [(name, self._known[name]) for name in names if name in self._known]
+        return known if len(known) == len(names) and all(_is_current(one) for _, one in known) else None
 
     def _contribution_of(self, name: str) -> Contribution:
         raw = self._raw(name)
@@ -184,6 +209,10 @@ class AdapterLayer(PeftNames, AdapterStore):
         holders = stored["lora_A"]._modules[name]._parameters, stored["lora_B"]._modules[name]._parameters
         known = self._known[name] = Contribution(delta, factors, parameters, holders)
         return known
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._stale = True  # what is loaded shows in the slot at the next forward
 
     def settle(self) -> None:
         """Take out of the base weight what this layer has written into it unfused: nothing, but for raw parameters."""
@@ -373,9 +402,3 @@ def _is_current(known: Contribution) -> bool:
         and holders[0]["weight"] is factors.down
         and holders[1]["weight"] is factors.up
     )
-
-
-def _mark_stale(layer: nn.Module, incompatible: Any) -> None:
-    """Loaded parameters show in the slot at the next forward; a function of the module, so that layers pickle."""
-    assert isinstance(layer, AdapterLayer)
-    layer._stale = True  # pyright: ignore[reportPrivateUsage]

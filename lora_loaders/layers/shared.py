@@ -35,6 +35,12 @@ class Shared:
     hooks: list[Any] = field(default_factory=list[Any])
     """Handles of the hooks that read the scale of a forward."""
 
+    arrangements: dict[tuple[str, ...], Any] = field(default_factory=dict[tuple[str, ...], Any])
+    """Active adapters -> how the slots are written for them, see `arrangement`; emptied when adapters come or go."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "arrangements": {}}
+
     def set_scale(self, scale: float) -> None:
         """Let this be the scale, as a number and as data."""
         if scale != self.scale:

@@ -1,7 +1,7 @@
 """Writing the active slots: each layer says what its own is to hold, and like layers are written together."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,16 @@ SPREAD = 8
 Member = tuple[AdapterLayer, Stack]
 
 
-def refresh(layers: Iterable[AdapterLayer]) -> None:
+class Written(NamedTuple):
+    """Slots that were written together."""
+
+    members: Sequence[Member]
+    seats: Sequence[int]
+    """Which of their bank's layers they are, ascending."""
+    ranks: Sequence[int]
+
+
+def refresh(layers: Iterable[AdapterLayer]) -> list[Written]:
     """Rewrite the slots of these layers, in place where their capacity allows; like layers are written together."""
     groups: dict[Likeness, list[Member]] = {}
     with torch.no_grad():
@@ -40,15 +49,14 @@ def refresh(layers: Iterable[AdapterLayer]) -> None:
                     groups.setdefault(like, []).append((layer, stack))
             else:
                 layer.take_slot(None, None)
-        for like, members in groups.items():
-            _write_together(like, members)
+        return [written for like, members in groups.items() for written in _write_together(like, members)]
 
 
 def _write_single(layer: AdapterLayer) -> Stack:
     """Write the slots that a layer has for itself, and tell what goes into the common ones."""
     terms, plain = layer.contributions()
     if plain:  # as nearly all are
-        _clear_rest(layer)
+        clear_rest(layer)
         return [(factors, weight) for factors, weight, _ in terms if factors]
     stack: list[tuple[Factors, float]] = []
     dense: list[tuple[Delta, float]] = []
@@ -87,7 +95,7 @@ def _likeness(layer: AdapterLayer, stack: Stack) -> Likeness | None:
     return Likeness(device, dtype, capacity, columns, rows, ranks, sources)
 
 
-def _write_together(like: Likeness, members: Sequence[Member]) -> None:
+def _write_together(like: Likeness, members: Sequence[Member]) -> Iterator[Written]:
     """Write the slots of like layers, after seating those that have no fitting one."""
     seated: dict[tuple[int, int], dict[int, Member]] = {}
     homeless: list[Member] = []
@@ -105,10 +113,18 @@ def _write_together(like: Likeness, members: Sequence[Member]) -> None:
         for (layer, _), (down, up) in zip(homeless, bank.parts(), strict=True):
             layer.take_slot(down, up)
         bank.write(range(len(homeless)), [stack for _, stack in homeless], like.ranks)
+        yield Written(homeless, range(len(homeless)), like.ranks)
     for numbered in seated.values():
         seats = sorted(numbered)
-        first = vars(numbered[seats[0]][0])["_buffers"]
-        Bank.around(first["slot_down"], first["slot_up"]).write(seats, [numbered[n][1] for n in seats], like.ranks)
+        members = [numbered[number] for number in seats]
+        bank_of(members[0][0]).write(seats, [stack for _, stack in members], like.ranks)
+        yield Written(members, seats, like.ranks)
+
+
+def bank_of(layer: AdapterLayer) -> Bank:
+    """The bank that a layer's slot is part of."""
+    buffers: dict[str, Any] = vars(layer)["_buffers"]
+    return Bank.around(buffers["slot_down"], buffers["slot_up"])
 
 
 def _write_rest(
@@ -120,7 +136,7 @@ def _write_rest(
     """Gains, bias and dense changes: rare, so written one by one."""
     gained = any(factors.in_gain is not None or factors.out_gain is not None for factors, _ in stacked)
     if not (dense or gained or any(delta.delta_bias() is not None for delta, _ in contributing)):
-        _clear_rest(layer)
+        clear_rest(layer)
         return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
@@ -141,7 +157,8 @@ def _write_rest(
         _put(layer, f"slot_{name}", None if value is None else value.to(dtype))
 
 
-def _clear_rest(layer: AdapterLayer) -> None:
+def clear_rest(layer: AdapterLayer) -> None:
+    """Empty the slots of what is no low-rank product."""
     if not layer.shared.reserved:
         layer.clear_slots(REST)
         return

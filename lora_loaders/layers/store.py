@@ -49,7 +49,7 @@ class AdapterStore(nn.Module):
         for slot, tensor in tensors.items():
             container, leaf = place_of(delta, slot)
             data = tensor.t() if is_transposed(delta, slot) else tensor
-            parameter = nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
+            parameter = nn.Parameter(data, requires_grad)
             if leaf:
                 self._factor(container, name)._parameters[leaf] = parameter
             else:
