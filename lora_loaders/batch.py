@@ -24,6 +24,7 @@ from .version import __version__
 REPORT_NAME = "conversion_report.jsonl"
 FINISHED = ("converted", "unchanged")
 CHUNK = 1 << 20
+PICKLE_SKIPPED = "a pickle: allow pickles to read it with torch's weights-only reader"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Outcome:
     Attributes:
         source: path below the source folder.
         target: path below the target folder.
-        status: `converted`; `unchanged` where an earlier run did it and nothing has changed since; or `failed`.
-        error: what went wrong.
+        status: `converted`; `unchanged` where an earlier run did it and nothing has changed since; `skipped`; `failed`.
+        error: what went wrong, or why it was skipped.
         source_sha256: of the file's content, and of its `adapter_config.json` where PEFT's naming has one.
         target_sha256: of what was written.
         settings: format, family, dtype and version of this package, which together with the source decide the target.
@@ -152,7 +153,7 @@ def convert_folder(
     """
     source, target = Path(source), Path(target)
     allow_pickle = use_safetensors is False
-    files = _files_below(source, target, allow_pickle)
+    files, skipped = _files_below(source, target, allow_pickle)
     report = target / REPORT_NAME if report is None else Path(report)
     outcomes = _earlier(report)
     settings = {"format": format, "family": family, "dtype": str(dtype) if dtype else None}
@@ -161,20 +162,23 @@ def convert_folder(
     _write_report(report, outcomes)
     lock = threading.Lock()
     done: list[Outcome] = []
+    total = len(files) + len(skipped)
 
-    def work(file: Path) -> None:
-        outcome = batch.convert(file)
+    def note(outcome: Outcome) -> None:
         with lock:
             done.append(outcome)
             outcomes[outcome.source] = outcome
             with report.open("a", encoding="utf-8") as lines:
                 lines.write(_line(outcome))
-            progress(len(files), outcome)
+            progress(total, outcome)
 
-    progress(len(files), None)
+    progress(total, None)
+    for file in skipped:
+        name = file.relative_to(source).as_posix()
+        note(Outcome(name, "", "skipped", error=PICKLE_SKIPPED, settings=settings))
     pool = ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1))
     try:
-        for future in [pool.submit(work, file) for file in files]:
+        for future in [pool.submit(lambda file: note(batch.convert(file)), file) for file in files]:
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -193,24 +197,28 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _files_below(source: Path, target: Path, allow_pickle: bool) -> list[Path]:
+def _files_below(source: Path, target: Path, allow_pickle: bool) -> tuple[list[Path], list[Path]]:
+    """The files to convert, and those that are left alone because they are pickles."""
     endings = (".safetensors", *PICKLES) if allow_pickle else (".safetensors",)
     if source.resolve() == target.resolve():
         raise AdapterFileError(
             f"{source} is the source and the target", mend="Choose another folder.", state="Nothing was written."
         )
-    below = [file for file in sorted(source.rglob("*")) if file.suffix in endings and file.is_file()]
+    below = [file for file in sorted(source.rglob("*")) if file.suffix in (".safetensors", *PICKLES) and file.is_file()]
     aside = target.resolve()
-    files = [
+    seen = [
         file
         for file in below
         if not any(part.startswith(".") for part in file.relative_to(source).parts)
         and not file.resolve().is_relative_to(aside)
     ]
+    files = [file for file in seen if file.suffix in endings]
     if not files:
         what = f"{source} holds no {' or '.join(endings)} file" if source.is_dir() else f"no folder {source}"
-        raise AdapterFileError(what, mend="Give a folder with adapters.", state="Nothing was written.")
-    return files
+        problems = [f"{file.relative_to(source)}: {PICKLE_SKIPPED}" for file in seen]
+        mend = "Give a folder with adapters."
+        raise AdapterFileError(what, problems=problems, mend=mend, state="Nothing was written.")
+    return files, [file for file in seen if file.suffix not in endings]
 
 
 def _line(outcome: Outcome) -> str:
@@ -251,4 +259,4 @@ def _earlier(path: Path) -> dict[str, Outcome]:
 def counts(outcomes: Sequence[Outcome]) -> dict[str, int]:
     """Status -> number of files, those that there are."""
     statuses = [outcome.status for outcome in outcomes]
-    return {status: statuses.count(status) for status in (*FINISHED, "failed") if status in statuses}
+    return {status: statuses.count(status) for status in (*FINISHED, "skipped", "failed") if status in statuses}

@@ -11,7 +11,14 @@ from .adapter import Adapter, Unresolved
 from .deltas import Delta, DoraDelta, build
 from .deltas.unread import UnreadDelta
 from .detection import choose_family, readings_of, told_depth, vote
-from .errors import UNTOUCHED, ConversionError, MalformedAdapterError, UnknownFormatError
+from .errors import (
+    UNTOUCHED,
+    CheckpointError,
+    ConversionError,
+    MalformedAdapterError,
+    UnknownFamilyError,
+    UnknownFormatError,
+)
 from .families import FAMILIES, Family
 from .families.rules import Resolved, flatten
 from .files import Contents, read
@@ -85,7 +92,15 @@ def read_adapter(
     """
     if isinstance(source, Adapter):
         return source
-    return parse(read(source, hub, allow_pickle=use_safetensors is False), family, layout, families)
+    adapter = parse(read(source, hub, allow_pickle=use_safetensors is False), family, layout, families)
+    if adapter.family is None and not adapter.deltas and not adapter.embeddings:
+        raise UnknownFamilyError(
+            f"{adapter.source} ({adapter.format}): no family knows its {len(adapter.unresolved)} modules",
+            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
+            mend="Name the family with family=…; for a model of your own, pass the file itself to load_lora_adapter.",
+            state=UNTOUCHED,
+        )
+    return adapter
 
 
 def parse(
@@ -100,12 +115,7 @@ def parse(
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
     known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
-        raise UnknownFormatError(
-            f"{contents.label}: none of its {len(contents.tensors)} keys is an adapter's",
-            problems=[f"{key}: {reason}" for key, reason in left.items()],
-            mend="Is this a whole model's checkpoint, or a file of another kind?",
-            state=UNTOUCHED,
-        )
+        raise _no_adapter(contents.label, left)
     scalings = Scalings.of(contents.metadata, contents.config)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
@@ -128,6 +138,25 @@ def parse(
         ignored=reading.ignored,
         unresolved=tuple(reading.unresolved),
         source=contents.label,
+    )
+
+
+def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:
+    """The error for a file without a change in it."""
+    problems = [f"{key}: {reason}" for key, reason in left.items()]
+    own = sum(key.endswith((".weight", ".bias", ".scale")) for key in left)
+    if own * 2 > len(left):
+        return CheckpointError(
+            f"{label} is a checkpoint, no adapter: {own} of its {len(left)} keys are weights of a model, none a change",
+            problems=problems,
+            mend="Load it as a model, with from_single_file; `lora-loaders extract` makes an adapter of two.",
+            state=UNTOUCHED,
+        )
+    return UnknownFormatError(
+        f"{label}: none of its {len(left)} keys is an adapter's",
+        problems=problems,
+        mend="Is it a file of another kind?",
+        state=UNTOUCHED,
     )
 
 
@@ -159,7 +188,7 @@ def _bind(module: RawModule, reading: _Reading) -> None:
     try:
         delta = _delta(module, tensors, component, path, reading)
         if path is None:
-            reason = _why_unresolved(readings)
+            reason = _why_unresolved(readings, reading.family)
             reading.unresolved.append(Unresolved(component, module.name, delta, keys, reason))
             return
         if readings and readings[0][1].rule.head and module.adapter:
@@ -210,11 +239,11 @@ def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _R
     return hints[0], None
 
 
-def _why_unresolved(readings: list[tuple[str, Resolved]]) -> str:
+def _why_unresolved(readings: list[tuple[str, Resolved]], family: Family | None) -> str:
     if len(readings) == 2:
         names = " or ".join(reading.paths[0] for _, reading in readings)
         return f"ambiguous: {names}, and no other key of the file tells which names it speaks"
-    return "no such name in this family"
+    return "no such name in this family" if family else "no family knows the most of this file's names"
 
 
 def _are_equal(one: str, other: str, contents: Contents) -> bool:
@@ -281,6 +310,9 @@ def _store(parts: Mapping[str, Delta], component: str, keys: tuple[str, ...], ex
     for path, delta in parts.items():
         at, label = (component, path), f"{component}.{path}"
         if at in reading.keys:
+            if exact == (at in reading.exact) and _are_same(delta, deltas[path]):
+                _lose(keys, label, f"the same as {reading.keys[at][0]}", reading)
+                continue
             if exact == (at in reading.exact):
                 reading.problems.append(f"{label}: both {reading.keys[at][0]} and {keys[0]} change it")
                 continue
@@ -295,6 +327,16 @@ def _store(parts: Mapping[str, Delta], component: str, keys: tuple[str, ...], ex
         (reading.exact.add if exact else reading.exact.discard)(at)
         deltas[path] = delta
         reading.keys[at] = keys
+
+
+def _are_same(one: Delta, other: Delta) -> bool:
+    """Whether two spellings of one module hold the same tensors."""
+    first, second = one.tensors(), other.tensors()
+    same_scale = one.alpha_value == other.alpha_value and type(one) is type(other) and first.keys() == second.keys()
+    return same_scale and all(
+        tensor.shape == second[slot].shape and (tensor.is_meta or tensor.equal(second[slot]))
+        for slot, tensor in first.items()
+    )
 
 
 def _says_nothing(delta: Delta) -> bool:

@@ -9,7 +9,6 @@ import torch
 
 from .adapter import Adapter
 from .conversion import Source, parse
-from .errors import ConversionError
 from .families import FAMILIES, Family
 from .files import read
 from .locating import HubOptions
@@ -43,13 +42,6 @@ def convert(
     else:
         adapter = parse(
             read(source, hub, allow_pickle=use_safetensors is False, lazily=True), family, families=families
-        )
-    if adapter.unresolved:
-        raise ConversionError(
-            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
-            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
-            mend="Name the family with family=… if it was taken for another.",
-            state="Nothing was written.",
         )
     if adapter.ignored:
         reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])

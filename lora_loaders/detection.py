@@ -1,19 +1,24 @@
 """Which family is a file for? Told by names and widths; metadata is no witness, trainers write it wrong."""
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
-from .families.rules import NUMBER, Resolved
+from .families.family import Shape
+from .families.rules import HOLE, NUMBER, Names, Resolved
 from .formats import RawModule
 
 logger = logging.getLogger(__name__)
 SAMPLE = 96
+MAJORITY = 0.5
+"""Of a file's names a family must know more than this share: half of them are those of any transformer."""
 """Modules that are looked at, and more only where a file has more kinds of names."""
 
 
@@ -36,13 +41,13 @@ def choose_family(
     families: Sequence[Family],
     label: str,
 ) -> Family | None:
-    """The family whose names and widths explain the file best; None where no name is known to any."""
+    """The family whose names and widths explain the file best; None where none knows the most of its names."""
     if isinstance(wanted, Family):
         return wanted
     if wanted is not None:
         return family_named(wanted, families)
     ranking = rank_families(modules, tensors, families)
-    if not ranking or ranking[0][0].names == 0:
+    if not ranking or ranking[0][0].names <= MAJORITY:
         return None
     best = [family for score, family in ranking if score == ranking[0][0]]
     if len(best) > 1:
@@ -58,9 +63,11 @@ class Score(NamedTuple):
     widths: float
     """Share of the telling widths that one of its published models has."""
     depths: float
-    """Of the lists of blocks: 1 for as many blocks as a published model has, -1 for more than any has."""
+    """Of the lists of blocks: 1 if all have as many as in a published model of that width, -1 if one has more."""
     encoders: float
     """Share of the text encoders' names that the encoder of their number has."""
+    complete: bool
+    """Whether the file changes all modules that are called like those it changes: trainers take every `to_q`."""
     alone: bool
     """Whether the family extends no other."""
 
@@ -75,12 +82,12 @@ def rank_families(
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
     encoding = [m for m in modules if m.component.startswith(("te", "encoder:"))]
     denoising = [m for m in modules if not m.component.startswith(("te", "encoder:"))]
-    sample, encoders = _sample(denoising or encoding), _sample(encoding)
+    sample, encoders = sample_of(denoising or encoding), sample_of(encoding)
     ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
     return sorted(ranking, key=lambda pair: pair[0], reverse=True)
 
 
-def _sample(modules: Sequence[RawModule]) -> list[RawModule]:
+def sample_of(modules: Sequence[RawModule]) -> list[RawModule]:
     """Modules that tell most: of all that differ by numbers alone the last and the first, then some between them."""
     alike: dict[str, list[tuple[list[int], RawModule]]] = {}
     for module in modules:
@@ -96,29 +103,39 @@ def _score(
     sample: Sequence[RawModule], encoders: Sequence[RawModule], tensors: Mapping[str, Tensor], family: Family
 ) -> Score:
     read = [(module, readings[0]) for module in sample if (readings := readings_of(module, family))]
-    told = [fit for module, reading in read if (fit := _fits(module, reading, tensors, family)) is not None]
-    depths = [_depth(path, number, family) for path, number in _last_blocks(read, family).items()]
+    told = [
+        (reading[1].paths[0], fitting)
+        for module, reading in read
+        if (fitting := _fitting(module, reading, tensors, family)) is not None
+    ]
+    # Pruned models fill one list of blocks and not the other: that is no witness for another family.
+    depths = [_depth(path, number, told, family) for path, number in _last_blocks(read, family).items()]
     numbered = [_is_numbered_right(module, family) for module in encoders]
-    return Score(len(read) / len(sample), _mean(told), _mean(depths), _mean(numbered), family.extends is None)
+    widths = _mean([bool(fitting) for _, fitting in told])
+    return Score(
+        len(read) / len(sample),
+        widths,
+        min(depths, default=0),
+        _mean(numbered),
+        _complete(read, family),
+        family.extends is None,
+    )
 
 
 def _mean(facts: Sequence[float]) -> float:
     return sum(facts) / len(facts) if facts else 0.0
 
 
-def _fits(
+def _fitting(
     module: RawModule, reading: tuple[str, Resolved], tensors: Mapping[str, Tensor], family: Family
-) -> bool | None:
-    """Whether the family has a published width here that is this one; None where the width is not known or not told."""
+) -> tuple[Shape, ...] | None:
+    """The family's published weights that this one may be of; None where none is known here or no width is told."""
     component, resolved = reading
-    path = resolved.paths[0]
     shapes = {slot: tensors[key].shape for slot, key in module.keys.items() if tensors[key].ndim >= 2}
     rows, columns = (shapes.get(slot, shapes.get("diff")) for slot in ("up", "down"))
     out_features = rows[0] if rows is not None and len(resolved.paths) == 1 else None
     in_features = columns[1] if columns is not None else None
-    if not shapes or not family.tells(component, path):
-        return None
-    return family.fits(component, path, out_features, in_features)
+    return family.fitting(component, resolved.paths[0], out_features, in_features) if shapes else None
 
 
 def _last_blocks(read: Iterable[tuple[RawModule, tuple[str, Resolved]]], family: Family) -> dict[str, int]:
@@ -132,9 +149,40 @@ def _last_blocks(read: Iterable[tuple[RawModule, tuple[str, Resolved]]], family:
     return last
 
 
-def _depth(path: str, last: int, family: Family) -> int:
-    depths = family.depths[path]
+def _depth(path: str, last: int, told: Sequence[tuple[str, tuple[Shape, ...]]], family: Family) -> int:
+    widths = {shape for where, fitting in told if where.startswith(f"{path}.") for shape in fitting}
+    depths = {shape.blocks for shape in widths if shape.blocks is not None} or family.depths[path]
     return 1 if last + 1 in depths else -1 if last >= max(depths) else 0
+
+
+def _complete(read: Iterable[tuple[RawModule, tuple[str, Resolved]]], family: Family) -> bool:
+    paths = [path for _, (component, resolved) in read if component == family.denoiser for path in resolved.paths]
+    changed = {_kind(path) for path in paths}
+    lists = {kind.partition("#")[0] for kind in changed}
+    alike = _kinds_by_leaf(family.components[family.denoiser])
+    expected = {kind for leaf in {_leaf(path) for path in paths} for kind in alike.get(leaf, ())}
+    expected = {kind for kind in expected if kind.partition("#")[0] in lists}
+    return bool(expected) and expected <= changed
+
+
+@lru_cache
+def _kinds_by_leaf(names: Names) -> Mapping[str, frozenset[str]]:
+    """Last name -> the kinds of modules in blocks that are called so."""
+    kinds: dict[str, set[str]] = {}
+    for path in (HOLE.sub("0", template) for template in names.modules if HOLE.search(template)):
+        if names.is_often_changed(path):
+            kinds.setdefault(_leaf(path), set()).add(_kind(path))
+    return {leaf: frozenset(found) for leaf, found in kinds.items()}
+
+
+def _leaf(path: str) -> str:
+    """The last part that is no number: `to_out` of `attn.to_out.0`."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+
+
+def _kind(path: str) -> str:
+    """A path without the numbers between its dots."""
+    return re.sub(r"\b\d+\b", "#", path)
 
 
 def _is_numbered_right(module: RawModule, family: Family) -> bool:

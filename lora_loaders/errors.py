@@ -3,6 +3,7 @@
 LoraLoadersError
 ├─ AdapterFileError (ValueError)      the file itself
 │  ├─ UnknownFormatError              keys that no spelling explains
+│  │  └─ CheckpointError              a model's own weights, which change nothing
 │  ├─ UnknownFamilyError              names that belong to no family, or to several
 │  ├─ MalformedAdapterError           truncated, half a pair, ranks that disagree, NaN
 │  └─ UnsafeFileError                 a pickle, without leave to read it
@@ -46,6 +47,10 @@ class AdapterFileError(LoraLoadersError, ValueError):
 
 class UnknownFormatError(AdapterFileError):
     """No known spelling explains the keys."""
+
+
+class CheckpointError(UnknownFormatError):
+    """The file holds a model's own weights, not changes to them."""
 
 
 class UnknownFamilyError(AdapterFileError):

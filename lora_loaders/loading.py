@@ -11,11 +11,11 @@ from .adapter import Adapter
 from .attaching import apply, detach_adapters
 from .collecting import uncollected
 from .conversion import parse, with_live_names
-from .detection import rank_families
+from .detection import rank_families, readings_of, sample_of
 from .errors import AdapterMismatchError, AdapterStateError, NothingFitsError
 from .families import FAMILIES, Family
 from .files import Contents
-from .formats import NO_SUFFIX, read_modules
+from .formats import NO_SUFFIX, RawModule, read_modules
 from .fusing import fused_adapters
 from .gates import changing, unwatch_forwards, versions, watch_forwards
 from .integrations.equipping import is_equipped
@@ -27,6 +27,8 @@ from .tuning.config import LoraConfig, config_of
 logger = logging.getLogger(__name__)
 CONFIGS, LOADED = "peft_config", "_hf_peft_config_loaded"
 """Attributes of a model by which diffusers, transformers and PEFT know its adapters."""
+MISPLACED, CERTAIN = 0.4, 0.9
+"""A file that finds no place for more of its names than the first share is another family's which knows the second."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,15 @@ def layout_of(models: Mapping[str, nn.Module], family: Family | None) -> ModelLa
 
 
 def plan_contents(
-    models: Mapping[str, nn.Module], contents: Contents | Adapter, family: Family | None, *, may_widen: bool = False
+    models: Mapping[str, nn.Module],
+    contents: Contents | Adapter,
+    family: Family | None,
+    *,
+    may_widen: bool = False,
+    layout: ModelLayout | None = None,
 ) -> AttachPlan:
     """Plan what a file, or an adapter, would change in these models; touches nothing."""
-    layout = layout_of(models, family)
+    layout = layout or layout_of(models, family)
     known = isinstance(contents, Adapter)
     adapter = with_live_names(contents, layout) if known else parse(contents, family, layout)
     return plan_adapter(
@@ -128,9 +135,10 @@ def load(
     chosen = _check_name(name, models, hotswap)
     _check_foreign(models)
     seen = versions(models.values())
-    plan = plan_contents(models, contents, family, may_widen=may_widen)
-    if isinstance(contents, Contents) and family is not None and family.denoiser not in plan.components:
-        _check_family(models, contents, family, chosen)
+    layout = layout_of(models, family)
+    if isinstance(contents, Contents) and family is not None:
+        _check_family(layout, contents, family, chosen)
+    plan = plan_contents(models, contents, family, may_widen=may_widen, layout=layout)
     _check_plan(plan, chosen, family, contents, strict)
     with changing(models.values(), reads_bases=plan.needs_bases):
         if versions(models.values()) != seen:  # another thread changed them while this one planned
@@ -237,24 +245,39 @@ def _check_foreign(models: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _check_family(models: Mapping[str, nn.Module], contents: Contents, family: Family, name: str) -> None:
-    """Raise where none of the denoiser's names in the file is one of this family, and all are of another."""
+def _check_family(layout: ModelLayout, contents: Contents, family: Family, name: str) -> None:
+    """Raise where a good part of the denoiser's names has no place here, and all of them have one in another family.
+
+    Families that look alike go on: a Flux file finds three quarters of its modules in Chroma.
+    """
     modules, _, spelling = read_modules(list(contents.tensors))
-    denoising = [m for m in modules if not m.component.startswith(("te", "encoder:")) and m.name[0] != "#"]
-    if not denoising or rank_families(denoising, contents.tensors, [family])[0][0].names > 0:
+    denoising = sample_of([m for m in modules if not m.component.startswith(("te", "encoder:"))])
+    lost = [module for module in denoising if not _has_place(module, family, layout)]
+    if len(lost) <= MISPLACED * len(denoising):
         return
-    layout = layout_of(models, family)
-    if any(layout.find(family.denoiser, module.name) for module in denoising):
-        return
+    own, _ = rank_families(denoising, contents.tensors, [family])[0]
     score, likely = rank_families(denoising, contents.tensors)[0]
-    if score.names > 0.5:
-        classes = ", ".join(type(model).__name__ for model in models.values())
-        raise NothingFitsError(
-            f"adapter {name!r} ({spelling}; {contents.label}) is for {likely.name}: nothing in it fits {classes}",
-            problems=[f"{module.name}: no such name in {family.name}" for module in denoising],
-            mend=f"Load it into a pipeline of {likely.name}.",
-            state="The model was not changed.",
-        )
+    if likely.name == family.name or score.names < CERTAIN or score[:3] <= own[:3]:
+        return
+    classes = ", ".join(type(model).__name__ for model in layout.components.values())
+    fits = "nothing in it fits" if len(lost) == len(denoising) else "the most of it does not fit"
+    raise NothingFitsError(
+        f"adapter {name!r} ({spelling}; {contents.label}) is for {likely.name}: {fits} {classes}",
+        problems=[f"{module.name}: no such module in this {family.name}" for module in lost],
+        mend=f"Load it into a pipeline of {likely.name}.",
+        state="The model was not changed.",
+    )
+
+
+def _has_place(module: RawModule, family: Family, layout: ModelLayout) -> bool:
+    """Whether the model has what this name means, or could have it in another size."""
+    for component, resolved in readings_of(module, family):
+        table = family.components[component]
+        if component not in layout.components or all(
+            layout.module(component, path) is not None or table.is_optional(path) for path in resolved.paths
+        ):
+            return True
+    return layout.find(family.denoiser, module.name) is not None
 
 
 def _check_plan(plan: AttachPlan, name: str, family: Family | None, contents: Contents | Adapter, strict: bool) -> None:

@@ -87,6 +87,7 @@ class AttachPlan:
             reasons = [self.unmatched[target] for target in targets if target in self.unmatched]
             if reasons:
                 answer[key] = f"no place: {reasons[0]}"
+        answer |= dict.fromkeys(self.adapter.embeddings, "a learned token: load_textual_inversion loads it")
         return answer | {key: f"ignored: {reason}" for key, reason in self.ignored.items()}
 
     def check(self, name: str) -> None:

@@ -53,6 +53,13 @@ def to_tensors(
         ValueError: no such format.
     """
     form = format_named(format)
+    if adapter.unresolved:
+        raise ConversionError(
+            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
+            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
+            mend="Name the family with family=… if it was taken for another.",
+            state="Nothing was written.",
+        )
     family = family_named(adapter.family, families) if adapter.family else None
     writing = _Writing(form, family)
     components = [component for component, deltas in adapter.deltas.items() if deltas]

@@ -28,7 +28,7 @@ def row(rule: Rule) -> str:
 
 def table(names: Names) -> Iterator[str]:
     """All rows that rename or split; names that are equal on both sides, and derived ones, have none."""
-    for dialect in ("original", "xlabs"):
+    for dialect in ("original", "trainer", "xlabs", "diffsynth"):
         rules = [rule for rule in names.rules if rule.dialect == dialect]
         if rules:
             yield from ("", f"| {dialect} name | diffusers |", "|---|---|", *map(row, rules))

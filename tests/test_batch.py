@@ -212,7 +212,9 @@ def test_peft_folders_keep_their_configurations(tmp_path: Path) -> None:
 def test_pickles_are_converted_with_leave_and_lose_against_a_file_of_the_same_name(source: Path) -> None:
     torch.save(flux_kohya().tensors, source / "p.bin")
     torch.save(flux_kohya().tensors, source / "a.bin")
-    assert "p.bin" not in go(source, target=source.with_name("first"))
+    skipped = go(source, target=source.with_name("first"))
+    assert statuses(skipped) == {**dict.fromkeys(NAMES, "converted"), "p.bin": "skipped", "a.bin": "skipped"}
+    assert "a pickle" in str(skipped["p.bin"].error)
     outcomes = go(source, use_safetensors=False)
     assert statuses(outcomes) == {**dict.fromkeys((*NAMES, "p.bin"), "converted"), "a.bin": "failed"}
     assert "goes to the same name" in str(outcomes["a.bin"].error)

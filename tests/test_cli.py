@@ -182,7 +182,7 @@ def test_inspect_lists_modules_of_unknown_names(run: Run, tmp_path: Path) -> Non
     save_file(kohya("lora_unet_never_seen_block_7", 8, 8), path)
     found = facts(run, "inspect", path)
     assert found["family"] is None
-    assert found["unresolved"] == {"never_seen_block_7": "no such name in this family"}
+    assert found["unresolved"] == {"never_seen_block_7": "no family knows the most of this file's names"}
     assert found["groups"][0]["known"] is False
     assert "unknown: no family has these names" in run("inspect", path).stdout
 
@@ -231,6 +231,25 @@ def test_plan_of_a_pipeline_checks_every_component(run: Run, flux_file: Path, fl
     found = facts(run, "plan", flux_file, "--model", flux_pipeline)
     assert found["components"] == {"transformer": 4, "text_encoder": 1}
     assert found["unchecked"] == {}
+
+
+def test_plan_without_a_model_says_of_each_key_where_its_name_leads(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    known, unknown = kohya("lora_unet_double_blocks_0_img_mlp_0", 12288, 3072), kohya("lora_unet_sidecar_7", 8, 8)
+    more = kohya("lora_unet_double_blocks_0_img_mlp_2", 3072, 12288)
+    save_file({**known, **more, **unknown, "_aux.scale": torch.ones(1)}, path)
+    found = facts(run, "plan", path)
+    assert (found["family"], found["unknown"]) == ("flux1", len(unknown))
+    fates = {
+        **dict.fromkeys(known, "transformer.transformer_blocks.0.ff.net.0.proj"),
+        **dict.fromkeys(more, "transformer.transformer_blocks.0.ff.net.2"),
+        **dict.fromkeys(unknown, "unknown: no such name in this family"),
+        "_aux.scale": "ignored: helper data of a slider tool, no weight",
+    }
+    assert found["keys"] == fates
+    shown = run("plan", path)
+    assert shown.exit_code == 1
+    assert all(f"{key}: {fate}" in shown.stdout for key, fate in fates.items())
 
 
 def test_plan_of_one_model_says_what_it_did_not_check(run: Run, flux_file: Path, flux_model: Path) -> None:

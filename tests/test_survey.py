@@ -45,10 +45,11 @@ def test_unknown_name_is_named_and_makes_the_survey_fail(
     survey: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair: Callable[[str], list[str]] = lambda stem: [f"{stem}.lora_{end}.weight" for end in ("down", "up")]  # noqa: E731
-    file_of(tmp_path, "whole", pair("lora_unet_double_blocks_0_img_mlp_0"))
+    known = pair("lora_unet_double_blocks_0_img_mlp_0") + pair("lora_unet_double_blocks_0_img_mlp_2")
+    file_of(tmp_path, "whole", known)
     assert survey.main([str(tmp_path)]) == 0
-    file_of(tmp_path, "odd", pair("lora_unet_double_blocks_0_img_mlp_0") + pair("lora_unet_sidecar_7"))
+    file_of(tmp_path, "odd", known + pair("lora_unet_sidecar_7"))
     assert survey.main([str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "odd: unknown, as lora_unet_sidecar_7" in said
-    assert "2 files, 6 keys, 2 unknown" in said
+    assert "2 files, 10 keys, 2 unknown" in said

@@ -34,6 +34,8 @@ def convert_batch(source: Path, target: Path, **options: Any) -> None:
             interrupted = True
     failed = sorted((outcome.source, str(outcome.error)) for outcome in seen if outcome.status == "failed")
     show_notes(console, "Failed", [f"{name}: {error.splitlines()[0]}" for name, error in failed], "red")
+    skipped = {outcome.source: str(outcome.error) for outcome in seen if outcome.status == "skipped"}
+    show_notes(console, "Skipped", [f"{name}: {reason}" for name, reason in sorted(skipped.items())], "yellow")
     numbers = ", ".join(f"{number:,} {status}" for status, number in counts(seen).items()) or "nothing done"
     report = options.get("report") or target / REPORT_NAME
     typer.echo(f"{target}: {numbers}{'; interrupted, the same command continues' if interrupted else ''} ({report})")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,18 +17,21 @@ from lora_loaders.detection import family_named
 from lora_loaders.errors import LoraLoadersError
 from lora_loaders.families import Family
 from lora_loaders.files import Contents
+from lora_loaders.formats import NO_SUFFIX
 from lora_loaders.inspecting import likely_families, open_header
 from lora_loaders.loading import family_of, layout_of, may_widen, plan_contents
 from lora_loaders.locating import HubOptions
-from lora_loaders.plans import AttachPlan
+from lora_loaders.plans import AttachPlan, plan_adapter
 
 from .options import AllowPickle, AsJson, FamilyName, Revision, SourceArgument, Subfolder, Token, WeightName
-from .tables import show_plan
+from .tables import show_keys, show_plan
 
 
 def plan(
     file: SourceArgument,
-    model: Annotated[Path, typer.Option(help="A pipeline's folder, a model's folder, or a config.json.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A pipeline's folder, a model's folder, or a config.json; names alone without.")
+    ] = None,
     component: Annotated[str | None, typer.Option(help="Check this component alone, or name a lone model.")] = None,
     weight_name: WeightName = None,
     subfolder: Subfolder = None,
@@ -40,6 +43,8 @@ def plan(
 ) -> None:
     """Tell what would match in a model, without loading any weights; exit code 1 if not everything fits."""
     contents, _ = open_header(file, HubOptions(weight_name, subfolder, revision, token), allow_pickle=allow_pickle)
+    if model is None:
+        _plan_by_names(parse(contents, family), contents, as_json)
     outcome, unchecked = _plan(contents, model, component, family_named(family) if family else None)
     fits = bool(outcome.bindings) and not outcome.problems and not outcome.unmatched
     likely = [] if outcome.bindings else likely_families(contents)
@@ -48,6 +53,22 @@ def plan(
     else:
         show_plan(outcome, unchecked, likely, fits, Console())
     raise typer.Exit(0 if fits else 1)
+
+
+def _plan_by_names(adapter: Adapter, contents: Contents, as_json: bool) -> NoReturn:
+    """Say of each key what it is bound to by its name alone, or why it is not."""
+    keys = plan_adapter({}, replace(adapter, deltas={})).keys
+    unknown = {key for module in adapter.unresolved for key in module.keys}
+    unknown |= {key for key, reason in adapter.ignored.items() if reason == NO_SUFFIX}
+    fates = {key: keys[key] for key in contents.tensors}
+    keys = fates | {key: fates[key].replace("ignored: ", "unknown: ") for key in unknown}
+    likely = likely_families(contents)
+    if as_json:
+        facts = {"file": adapter.source, "format": adapter.format, "family": adapter.family}
+        typer.echo(json.dumps({**facts, "likely_families": likely, "unknown": len(unknown), "keys": keys}, indent=2))
+    else:
+        show_keys(adapter, keys, likely, len(unknown), Console())
+    raise typer.Exit(1 if unknown else 0)
 
 
 def _plan(

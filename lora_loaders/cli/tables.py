@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lora_loaders.adapter import Adapter
 from lora_loaders.inspecting import Group, Inspection
 from lora_loaders.plans import AttachPlan
 from lora_loaders.verifying import Verification
@@ -174,6 +175,16 @@ def show_plan(
     bad = len(plan.problems) + len(plan.unmatched)
     guess = f" It looks like a file for {' or '.join(likely[:3])}." if likely else ""
     console.print(f"[bold red]Does not fit:[/] {bad:,} of {counted(bad + len(plan.bindings), 'modules')}.{guess}\n")
+
+
+def show_keys(adapter: Adapter, keys: Mapping[str, str], likely: Sequence[str], unknown: int, console: Console) -> None:
+    """Print one line a key: where its name leads, without a model."""
+    source, ties = Path(adapter.source), ", ".join(name for name in likely if name != adapter.family)
+    described = adapter.describe() + (f" (or {ties})" if ties and adapter.family else "")
+    console.print(f"\n[bold]{escape(source.name)}[/]  [dim]{escape(described)}[/]\n", soft_wrap=True)
+    for key, fate in keys.items():
+        console.print(Text(f"  {key}: {fate}"), soft_wrap=True)
+    console.print(f"\n{counted(len(keys), 'keys')}, {unknown:,} unknown. Give --model to check shapes.\n")
 
 
 def show_verification(outcome: Verification, console: Console) -> None:

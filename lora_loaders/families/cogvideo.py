@@ -44,8 +44,8 @@ COGVIDEOX = Family(
     ),
     depths={"transformer_blocks": (30, 42)},
     shapes=(
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1920, 1920)),
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (3072, 3072)),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1920, 1920), blocks=30),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (3072, 3072), blocks=42),
         Shape("transformer", "transformer_blocks.{i}.norm1.linear", (None, 512)),
         Shape("transformer", "time_embedding.linear_2", (512, 512)),
     ),
@@ -66,11 +66,11 @@ COGVIEW4 = Family(
     name="cogview4",
     components={"transformer": COGVIEW4_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("CogView4Transformer2DModel",),
-    depths={"transformer_blocks": (28, 30)},
+    depths={"transformer_blocks": (28,)},
     shapes=(
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2560, 2560)),
-        Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (10240, 2560)),
-        Shape("transformer", "transformer_blocks.{i}.norm1.linear", (30720, 512)),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),
+        Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (16384, 4096)),
+        Shape("transformer", "transformer_blocks.{i}.norm1.linear", (49152, 512)),
     ),
 )
 

@@ -1,6 +1,6 @@
 """ERNIE-Image."""
 
-from .family import Family
+from .family import Family, Shape
 from .rules import Names
 from .text_encoders import MISTRAL3
 
@@ -18,5 +18,6 @@ ERNIE_IMAGE = Family(
     name="ernie-image",
     components={"transformer": ERNIE_IMAGE_TRANSFORMER, "text_encoder": MISTRAL3},
     model_classes=("ErnieImageTransformer2DModel",),
-    depths={"layers": (24,)},
+    depths={"layers": (36,)},
+    shapes=(Shape("transformer", "layers.{i}.self_attention.to_q", (4096, 4096)),),
 )

@@ -13,12 +13,13 @@ from .rules import HOLE, NUMBER, Names, flatten
 class Shape:
     """A weight `[out, in]` of a published model, by which files with equal names are told apart; None: any size.
 
-    A family published in several sizes has a row for each.
+    A family published in several sizes has a row for each, and the number of blocks of each where depths differ.
     """
 
     component: str
     path: str
     sizes: tuple[int | None, int | None]
+    blocks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Family:
     extends: str | None = None
     encoders: Mapping[str, str] = field(default_factory=dict[str, str])
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
-    trainer_names: Literal["original", "diffusers"] = "original"
+    trainer_names: Literal["original", "trainer", "diffusers"] = "original"
     traversal: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict[str, tuple[tuple[str, str], ...]])
 
     @property
@@ -65,9 +66,12 @@ class Family:
         return tuple(component for component in self.components if component.startswith("text_encoder"))
 
     def encoder_number(self, component: str) -> str:
-        """What kohya puts behind `lora_te` for this encoder: nothing for the only one."""
+        """What kohya puts behind `lora_te` for this encoder: nothing for the only one, but 1 for a T5.
+
+        ComfyUI reads `lora_te_` of CLIPs alone, and counts a T5 from 1 behind them (comfy/lora.py).
+        """
         if len(self.text_encoders) == 1:
-            return ""
+            return "1" if self.encoders.get(component) == "t5xxl" else ""
         return str(self.encoder_numbers.get(component, self.text_encoders.index(component) + 1))
 
     def encoder_meant(self, hint: str) -> str | None:
@@ -98,29 +102,32 @@ class Family:
         readings = [r for r in names.resolve(path) if r.is_diffusers] if names else []
         return readings[0].paths[0] if readings and len(readings[0].paths) == 1 else path
 
-    def fits(self, component: str, path: str, out_features: int | None, in_features: int | None) -> bool:
-        """Whether a published model has such a weight here; True where nothing is known of this path.
+    def fitting(
+        self, component: str, path: str, out_features: int | None, in_features: int | None
+    ) -> tuple[Shape, ...] | None:
+        """The published weights here that this may be; None where nothing is known of this path.
 
         None is a size that is not known, as the rows of one part of a fused weight are.
         """
-        given = (out_features, in_features)
         known = self._known_shapes(component, path)
-        return not known or any(
-            all(want is None or have is None or want == have for want, have in zip(sizes, given, strict=True))
-            for sizes in known
+        if not known:
+            return None
+        given = (out_features, in_features)
+        return tuple(
+            shape for shape in known if all(map(self._is_like, shape.sizes, given, (False, path in self.widens)))
         )
 
-    def tells(self, component: str, path: str) -> bool:
-        """Whether this path is among those whose width tells the family."""
-        return bool(self._known_shapes(component, path))
+    @staticmethod
+    def _is_like(want: int | None, have: int | None, may_be_more: bool) -> bool:
+        return want is None or have is None or want == have or (may_be_more and have > want)
 
-    def _known_shapes(self, component: str, path: str) -> list[tuple[int | None, int | None]]:
+    def _known_shapes(self, component: str, path: str) -> list[Shape]:
         flat = flatten(path)
         rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
-        return [sizes for pattern, sizes in rows if pattern.fullmatch(flat)]
+        return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
 
 
-_ShapeRow = tuple[re.Pattern[str], tuple[int | None, int | None]]
+_ShapeRow = tuple[re.Pattern[str], Shape]
 
 
 @lru_cache
@@ -130,5 +137,5 @@ def _shape_index(shapes: tuple[Shape, ...]) -> dict[tuple[str, str], list[_Shape
         flat = flatten(shape.path)
         pattern = re.compile(HOLE.sub(r"\\d+", flat))
         key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
-        index.setdefault(key, []).append((pattern, shape.sizes))
+        index.setdefault(key, []).append((pattern, shape))
     return index

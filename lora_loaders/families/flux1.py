@@ -41,6 +41,27 @@ final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.line
 [single_blocks.{i} -> single_transformer_blocks.{i}]
   processor.qkv_lora -> attn.to_q | attn.to_k | attn.to_v ; processor.proj_lora -> proj_out
 """,
+    # DiffSynth-Studio trains its own model class; the names are those of its flux_dit.py.
+    diffsynth="""
+time_embedder.timestep_embedder.0 -> time_text_embed.timestep_embedder.linear_1
+time_embedder.timestep_embedder.2 -> time_text_embed.timestep_embedder.linear_2
+guidance_embedder.timestep_embedder.0 -> time_text_embed.guidance_embedder.linear_1
+guidance_embedder.timestep_embedder.2 -> time_text_embed.guidance_embedder.linear_2
+pooled_text_embedder.0 -> time_text_embed.text_embedder.linear_1
+pooled_text_embedder.2 -> time_text_embed.text_embedder.linear_2
+final_norm_out.linear -> norm_out.linear ~ ; final_proj_out -> proj_out
+[blocks.{i} -> transformer_blocks.{i}]
+  attn.a_to_qkv -> attn.to_q | attn.to_k | attn.to_v
+  attn.b_to_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj
+  attn.a_to_out -> attn.to_out.0 ; attn.b_to_out -> attn.to_add_out
+  ff_a.0 -> ff.net.0.proj ; ff_a.2 -> ff.net.2 ; ff_b.0 -> ff_context.net.0.proj ; ff_b.2 -> ff_context.net.2
+  norm1_a.linear -> norm1.linear ; norm1_b.linear -> norm1_context.linear
+  attn.norm_q_a -> attn.norm_q ; attn.norm_k_a -> attn.norm_k
+  attn.norm_q_b -> attn.norm_added_q ; attn.norm_k_b -> attn.norm_added_k
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  to_qkv_mlp -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 ; proj_out -> proj_out ; norm.linear -> norm.linear
+  norm_q_a -> attn.norm_q ; norm_k_a -> attn.norm_k
+""",
     absent=("time_text_embed.guidance_embedder.linear_{i}",),
 )
 
@@ -54,7 +75,8 @@ FLUX1 = Family(
     name="flux1",
     components={"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5},
     model_classes=("FluxTransformer2DModel",),
-    depths={"transformer_blocks": (19,), "single_transformer_blocks": (38,)},
+    # Flex.1-alpha and Flux.1-lite keep 8 of the 19.
+    depths={"transformer_blocks": (8, 19), "single_transformer_blocks": (38,)},
     shapes=(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.0.proj", (12288, 3072)),

@@ -1,4 +1,8 @@
-"""HunyuanVideo, FramePack, HunyuanVideo 1.5 and HunyuanImage 2.1; the second spelling of a row is ComfyUI's."""
+"""HunyuanVideo, FramePack, HunyuanVideo 1.5 and HunyuanImage 2.1.
+
+ComfyUI's own names are written as the original's: it reads only some of the published ones (comfy/lora.py), and
+trainers' files are renamed for it (`convert_hunyuan_*_lora_to_comfy.py` of sd-scripts and musubi-tuner).
+"""
 
 from .family import Family, Shape
 from .rules import Names
@@ -10,78 +14,98 @@ img_in.proj -> x_embedder.proj
 final_layer.linear -> proj_out ; final_layer.adaLN_modulation.1 -> norm_out.linear ~
 txt_in.input_embedder -> context_embedder.proj_in
 [txt_in -> context_embedder.time_text_embed]
-  t_embedder.mlp.0, t_embedder.in_layer -> timestep_embedder.linear_1
-  t_embedder.mlp.2, t_embedder.out_layer -> timestep_embedder.linear_2
-  c_embedder.linear_1, c_embedder.in_layer -> text_embedder.linear_1
-  c_embedder.linear_2, c_embedder.out_layer -> text_embedder.linear_2
+  t_embedder.in_layer -> timestep_embedder.linear_1 ; t_embedder.out_layer -> timestep_embedder.linear_2
+  c_embedder.in_layer -> text_embedder.linear_1 ; c_embedder.out_layer -> text_embedder.linear_2
+[txt_in.individual_token_refiner.blocks.{i} -> context_embedder.token_refiner.refiner_blocks.{i}]
+  self_attn.qkv -> attn.to_q | attn.to_k | attn.to_v ; self_attn.proj -> attn.to_out.0
+  mlp.0 -> ff.net.0.proj ; mlp.2 -> ff.net.2 ; adaLN_modulation.1 -> norm_out.linear ; norm1 -> norm1 ; norm2 -> norm2
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn.qkv -> attn.to_q | attn.to_k | attn.to_v
+  txt_attn.qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj
+  img_attn.proj -> attn.to_out.0 ; txt_attn.proj -> attn.to_add_out
+  img_mod.lin -> norm1.linear ; txt_mod.lin -> norm1_context.linear
+  img_mlp.0 -> ff.net.0.proj ; img_mlp.2 -> ff.net.2
+  txt_mlp.0 -> ff_context.net.0.proj ; txt_mlp.2 -> ff_context.net.2
+  img_attn.norm.query_norm -> attn.norm_q ; img_attn.norm.key_norm -> attn.norm_k
+  txt_attn.norm.query_norm -> attn.norm_added_q ; txt_attn.norm.key_norm -> attn.norm_added_k
+"""
+# Their names in the published checkpoint, which trainers flatten, where those differ.
+PUBLISHED = """
+[txt_in -> context_embedder.time_text_embed]
+  t_embedder.mlp.0 -> timestep_embedder.linear_1 ; t_embedder.mlp.2 -> timestep_embedder.linear_2
+  c_embedder.linear_1 -> text_embedder.linear_1 ; c_embedder.linear_2 -> text_embedder.linear_2
 [txt_in.individual_token_refiner.blocks.{i} -> context_embedder.token_refiner.refiner_blocks.{i}]
   self_attn_qkv -> attn.to_q | attn.to_k | attn.to_v ; self_attn_proj -> attn.to_out.0
-  mlp.fc1, mlp.0 -> ff.net.0.proj ; mlp.fc2, mlp.2 -> ff.net.2 ; adaLN_modulation.1 -> norm_out.linear
-  norm1 -> norm1 ; norm2 -> norm2
+  mlp.fc1 -> ff.net.0.proj ; mlp.fc2 -> ff.net.2
 [double_blocks.{i} -> transformer_blocks.{i}]
   img_attn_proj -> attn.to_out.0 ; txt_attn_proj -> attn.to_add_out
-  img_mod.linear, img_mod.lin -> norm1.linear ; txt_mod.linear, txt_mod.lin -> norm1_context.linear
-  img_mlp.fc1, img_mlp.0 -> ff.net.0.proj ; img_mlp.fc2, img_mlp.2 -> ff.net.2
-  txt_mlp.fc1, txt_mlp.0 -> ff_context.net.0.proj ; txt_mlp.fc2, txt_mlp.2 -> ff_context.net.2
-  img_attn_q_norm, img_attn.norm.query_norm -> attn.norm_q ; img_attn_k_norm, img_attn.norm.key_norm -> attn.norm_k
-  txt_attn_q_norm, txt_attn.norm.query_norm -> attn.norm_added_q
-  txt_attn_k_norm, txt_attn.norm.key_norm -> attn.norm_added_k
+  img_mod.linear -> norm1.linear ; txt_mod.linear -> norm1_context.linear
+  img_mlp.fc1 -> ff.net.0.proj ; img_mlp.fc2 -> ff.net.2
+  txt_mlp.fc1 -> ff_context.net.0.proj ; txt_mlp.fc2 -> ff_context.net.2
+  img_attn_q_norm -> attn.norm_q ; img_attn_k_norm -> attn.norm_k
+  txt_attn_q_norm -> attn.norm_added_q ; txt_attn_k_norm -> attn.norm_added_k
 """
-VIDEO = """
-time_in.mlp.0, time_in.in_layer -> time_text_embed.timestep_embedder.linear_1
-time_in.mlp.2, time_in.out_layer -> time_text_embed.timestep_embedder.linear_2
-guidance_in.mlp.0, guidance_in.in_layer -> time_text_embed.guidance_embedder.linear_1
-guidance_in.mlp.2, guidance_in.out_layer -> time_text_embed.guidance_embedder.linear_2
-vector_in.in_layer -> time_text_embed.text_embedder.linear_1
-vector_in.out_layer -> time_text_embed.text_embedder.linear_2
+SINGLE = """
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 ; linear2 -> proj_out
+  modulation.lin -> norm.linear ; norm.query_norm -> attn.norm_q ; norm.key_norm -> attn.norm_k
+"""
+PUBLISHED_FUSED = """
 [double_blocks.{i} -> transformer_blocks.{i}]
   img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v
   txt_attn_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj
 [single_blocks.{i} -> single_transformer_blocks.{i}]
-  linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 ; linear2 -> proj_out
-  modulation.linear, modulation.lin -> norm.linear
-  q_norm, norm.query_norm -> attn.norm_q ; k_norm, norm.key_norm -> attn.norm_k
+  modulation.linear -> norm.linear ; q_norm -> attn.norm_q ; k_norm -> attn.norm_k
 """
-# 1.5 and HunyuanImage were published with split attention; ComfyUI fuses it.
+# 1.5 and HunyuanImage were published with split attention; sd-scripts fuses HunyuanImage's, musubi-tuner leaves 1.5's.
+SPLIT = """
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_q -> attn.to_q ; img_attn_k -> attn.to_k ; img_attn_v -> attn.to_v
+  txt_attn_q -> attn.add_q_proj ; txt_attn_k -> attn.add_k_proj ; txt_attn_v -> attn.add_v_proj
+"""
+SPLIT_IMAGE = """
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_q -> attn.to_q (r) ; img_attn_k -> attn.to_k (r) ; img_attn_v -> attn.to_v (r)
+  txt_attn_q -> attn.add_q_proj (r) ; txt_attn_k -> attn.add_k_proj (r) ; txt_attn_v -> attn.add_v_proj (r)
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  linear1_q -> attn.to_q (r) ; linear1_k -> attn.to_k (r) ; linear1_v -> attn.to_v (r)
+  linear1_mlp -> proj_mlp (r) ; linear2.fc -> proj_out (r)
+"""
+BYT5 = """
+[byt5_in -> context_embedder_2]
+  layernorm -> norm ; fc1 -> linear_1 ; fc2 -> linear_2 ; fc3 -> linear_3
+"""
+VIDEO = """
+vector_in.in_layer -> time_text_embed.text_embedder.linear_1
+vector_in.out_layer -> time_text_embed.text_embedder.linear_2
+"""
 VIDEO15 = """
-time_in.mlp.0, time_in.in_layer -> time_embed.timestep_embedder.linear_1
-time_in.mlp.2, time_in.out_layer -> time_embed.timestep_embedder.linear_2
-time_r_in.mlp.0, time_r_in.in_layer -> time_embed.timestep_embedder_r.linear_1
-time_r_in.mlp.2, time_r_in.out_layer -> time_embed.timestep_embedder_r.linear_2
 cond_type_embedding -> cond_type_embed
 [vision_in.proj -> image_embedder]
   0 -> norm_in ; 1 -> linear_1 ; 3 -> linear_2 ; 4 -> norm_out
-[byt5_in -> context_embedder_2]
-  layernorm -> norm ; fc1 -> linear_1 ; fc2 -> linear_2 ; fc3 -> linear_3
-[double_blocks.{i} -> transformer_blocks.{i}]
-  img_attn_q -> attn.to_q ; img_attn_k -> attn.to_k ; img_attn_v -> attn.to_v
-  txt_attn_q -> attn.add_q_proj ; txt_attn_k -> attn.add_k_proj ; txt_attn_v -> attn.add_v_proj
-  img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)
-  txt_attn_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj (r)
-"""
-IMAGE = """
-time_in.mlp.0, time_in.in_layer -> time_guidance_embed.timestep_embedder.linear_1
-time_in.mlp.2, time_in.out_layer -> time_guidance_embed.timestep_embedder.linear_2
-guidance_in.mlp.0, guidance_in.in_layer -> time_guidance_embed.guidance_embedder.linear_1
-guidance_in.mlp.2, guidance_in.out_layer -> time_guidance_embed.guidance_embedder.linear_2
-time_r_in.mlp.0, time_r_in.in_layer -> time_guidance_embed.timestep_embedder_r.linear_1
-time_r_in.mlp.2, time_r_in.out_layer -> time_guidance_embed.timestep_embedder_r.linear_2
-[byt5_in -> context_embedder_2]
-  layernorm -> norm ; fc1 -> linear_1 ; fc2 -> linear_2 ; fc3 -> linear_3
-[double_blocks.{i} -> transformer_blocks.{i}]
-  img_attn_q -> attn.to_q ; img_attn_k -> attn.to_k ; img_attn_v -> attn.to_v
-  txt_attn_q -> attn.add_q_proj ; txt_attn_k -> attn.add_k_proj ; txt_attn_v -> attn.add_v_proj
-  img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)
-  txt_attn_qkv -> attn.add_q_proj | attn.add_k_proj | attn.add_v_proj (r)
-[single_blocks.{i} -> single_transformer_blocks.{i}]
-  linear1_q -> attn.to_q ; linear1_k -> attn.to_k ; linear1_v -> attn.to_v ; linear1_mlp -> proj_mlp
-  linear2.fc, linear2 -> proj_out ; linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 (r)
-  modulation.linear, modulation.lin -> norm.linear
-  q_norm, norm.query_norm -> attn.norm_q ; k_norm, norm.key_norm -> attn.norm_k
 """
 
+
+def embedder(name: str, path: str) -> tuple[str, str]:
+    """Rows of an embedder of numbers, in ComfyUI and as published."""
+    targets = f"{path}.linear_1", f"{path}.linear_2"
+    return (
+        f"{name}.in_layer -> {targets[0]} ; {name}.out_layer -> {targets[1]}\n",
+        f"{name}.mlp.0 -> {targets[0]} ; {name}.mlp.2 -> {targets[1]}\n",
+    )
+
+
+TIME = embedder("time_in", "time_text_embed.timestep_embedder")
+GUIDANCE = embedder("guidance_in", "time_text_embed.guidance_embedder")
+TIME15 = embedder("time_in", "time_embed.timestep_embedder")
+MEAN15 = embedder("time_r_in", "time_embed.timestep_embedder_r")
+IMAGE_TIME = embedder("time_in", "time_guidance_embed.timestep_embedder")
+IMAGE_GUIDANCE = embedder("guidance_in", "time_guidance_embed.guidance_embedder")
+IMAGE_MEAN = embedder("time_r_in", "time_guidance_embed.timestep_embedder_r")
+
 TRANSFORMER = Names(
-    ROWS + VIDEO,
+    TIME[0] + GUIDANCE[0] + VIDEO + ROWS + SINGLE,
+    trainer=TIME[1] + GUIDANCE[1] + PUBLISHED + PUBLISHED_FUSED,
     same="""
 clean_x_embedder.proj ; clean_x_embedder.proj_2x ; clean_x_embedder.proj_4x ; image_projection.up
 image_projection.down
@@ -94,12 +118,14 @@ image_projection.down
 )
 
 TRANSFORMER15 = Names(
-    ROWS + VIDEO15,
+    TIME15[0] + MEAN15[0] + VIDEO15 + BYT5 + ROWS,
+    trainer=TIME15[1] + MEAN15[1] + PUBLISHED + SPLIT,
     absent=("time_embed.timestep_embedder_r.**",),
 )
 
 IMAGE_TRANSFORMER = Names(
-    ROWS + IMAGE,
+    IMAGE_TIME[0] + IMAGE_GUIDANCE[0] + IMAGE_MEAN[0] + BYT5 + ROWS + SINGLE,
+    trainer=IMAGE_TIME[1] + IMAGE_GUIDANCE[1] + IMAGE_MEAN[1] + PUBLISHED + PUBLISHED_FUSED + SPLIT_IMAGE,
     absent=(
         "context_embedder_2.**",
         "time_guidance_embed.timestep_embedder_r.**",
@@ -122,6 +148,7 @@ HUNYUAN_VIDEO = Family(
         Shape("transformer", "context_embedder.proj_in", (3072, 4096)),
     ),
     encoders={"text_encoder": "llama", "text_encoder_2": "clip_l"},
+    trainer_names="trainer",
 )
 
 HUNYUAN_VIDEO15 = Family(
@@ -137,6 +164,7 @@ HUNYUAN_VIDEO15 = Family(
         Shape("transformer", "context_embedder.proj_in", (2048, 3584)),
     ),
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
+    trainer_names="trainer",
 )
 
 HUNYUAN_IMAGE = Family(
@@ -152,4 +180,5 @@ HUNYUAN_IMAGE = Family(
         Shape("transformer", "context_embedder.proj_in", (3584, 3584)),
     ),
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
+    trainer_names="trainer",
 )

@@ -25,8 +25,11 @@ KANDINSKY5 = Family(
     name="kandinsky5",
     components={"transformer": KANDINSKY5_TRANSFORMER, "text_encoder": QWEN2_5_VL, "text_encoder_2": CLIP},
     model_classes=("Kandinsky5Transformer3DModel",),
-    depths={"visual_transformer_blocks": (32, 60)},
+    depths={"visual_transformer_blocks": (32, 50, 60)},
     shapes=(
+        Shape("transformer", "visual_transformer_blocks.{i}.self_attention.to_query", (1792, 1792), blocks=32),
+        Shape("transformer", "visual_transformer_blocks.{i}.self_attention.to_query", (2560, 2560), blocks=50),
+        Shape("transformer", "visual_transformer_blocks.{i}.self_attention.to_query", (4096, 4096), blocks=60),
         Shape("transformer", "text_embeddings.in_layer", (None, 3584)),
         Shape("transformer", "pooled_text_embeddings.in_layer", (None, 768)),
     ),

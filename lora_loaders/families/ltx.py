@@ -78,6 +78,7 @@ audio_prompt_adaln.emb.timestep_embedder.linear_2 ; audio_prompt_adaln.linear
         "transformer_blocks.{i}.audio_to_video_attn.to_gate_logits",
         "transformer_blocks.{i}.video_to_audio_attn.to_gate_logits",
     ),
+    aside=("transformer_blocks.{i}.audio_**", "transformer_blocks.{i}.video_to_audio_attn.**"),
 )
 
 LTX2_CONNECTORS = Names(
@@ -108,10 +109,10 @@ LTX = Family(
     model_classes=("LTXVideoTransformer3DModel",),
     depths={"transformer_blocks": (28, 48)},
     shapes=(
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048)),
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),
-        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (2048, 2048)),
-        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (4096, 4096)),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048), blocks=28),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096), blocks=48),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (2048, 2048), blocks=28),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (4096, 4096), blocks=48),
         Shape("transformer", "proj_in", (None, 128)),
         Shape("transformer", "proj_out", (128, None)),
         Shape("transformer", "caption_projection.linear_1", (None, 4096)),

@@ -78,7 +78,7 @@ GLM_IMAGE = Family(
     components={"transformer": GLM_IMAGE_TRANSFORMER, "text_encoder": T5},
     model_classes=("GlmImageTransformer2DModel",),
     depths={"transformer_blocks": (30,)},
-    shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2560, 2560)),),
+    shapes=(Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),),
 )
 
 JOY_IMAGE_TRANSFORMER = Names(

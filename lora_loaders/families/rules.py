@@ -26,7 +26,7 @@ from typing import Literal
 
 HOLE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"\d+")
-Dialect = Literal["original", "xlabs", "omi", "fused"]
+Dialect = Literal["original", "trainer", "xlabs", "diffsynth", "omi", "fused"]
 
 # Names that diffusers gives to projections it has fused, and OneTrainer and SimpleTuner write into files.
 FUSED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -169,12 +169,15 @@ class Names:
     Args:
         original: rows of the checkpoint that the model was published with.
         same: rows without an arrow: diffusers' names that no other row mentions.
+        trainer: rows of the names that kohya's trainers flatten, where the checkpoint that they read has others.
         xlabs: rows of the XLabs trainers' names.
+        diffsynth: rows of the names of DiffSynth's own model class, read only.
         omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's rows.
         extra: rules made by code, for the families whose block numbering needs arithmetic.
         optional_prefixes: leading path parts that some versions of the model class have and others have not.
         fuses: whether diffusers' own names for fused projections are read, which are cut evenly where no row says else.
         absent: templates of modules that some published sizes lack; a key for them is ignored with that reason.
+        aside: templates of a second stream (LTX-2's sound) that most adapters leave alone.
     """
 
     def __init__(
@@ -182,18 +185,23 @@ class Names:
         original: str = "",
         *,
         same: str = "",
+        trainer: str = "",
         xlabs: str = "",
+        diffsynth: str = "",
         omi: str = "",
         extra: Iterable[Rule] = (),
         optional_prefixes: tuple[str, ...] = (),
         fuses: bool = True,
         absent: tuple[str, ...] = (),
+        aside: tuple[str, ...] = (),
     ) -> None:
-        rules = (*parse_rows(original), *parse_rows(same, None), *extra, *parse_rows(xlabs, "xlabs"))
+        rules = (*parse_rows(original), *parse_rows(same, None), *extra, *parse_rows(trainer, "trainer"))
+        rules = (*rules, *parse_rows(xlabs, "xlabs"), *parse_rows(diffsynth, "diffsynth"))
         numbered = (part for rule in rules for part in _numbered(rule))
         self.rules = (*rules, *parse_rows(omi, "omi"), *numbered, *(_fused(rules) if fuses else ()))
         self.optional_prefixes = optional_prefixes
         self.absent = absent
+        self.aside = aside
         # Files of one family hold the same few hundred names, and each is asked for two or three times a load.
         self.resolve = lru_cache(maxsize=1 << 14)(self._resolve)
         self._written: dict[str, Writing] = {}
@@ -283,8 +291,15 @@ class Names:
 
     def is_optional(self, path: str) -> bool:
         """Whether published sizes of this family lack this module."""
+        return self._is_among(path, self.absent)
+
+    def is_often_changed(self, path: str) -> bool:
+        """Whether adapters change this module where they change those that are called like it."""
+        return not self._is_among(path, (*self.absent, *self.aside))
+
+    def _is_among(self, path: str, templates: Iterable[str]) -> bool:
         flat = NUMBER.sub("#", flatten(path))
-        holes = (NUMBER.sub("#", HOLE.sub("#", flatten(template))) for template in self.absent)
+        holes = (NUMBER.sub("#", HOLE.sub("#", flatten(template))) for template in templates)
         return any(flat == hole or (hole.endswith("**") and flat.startswith(hole[:-2])) for hole in holes)
 
     def writing(self, dialect: Dialect) -> "Writing":
@@ -298,8 +313,8 @@ class Writing:
     """Diffusers names -> names of a dialect, fused rows regrouped."""
 
     def __init__(self, names: Names, dialect: Dialect) -> None:
-        # What OMI has no words of its own for, it calls as the original does; its own rows come first.
-        spoken = ("omi", "original") if dialect == "omi" else (dialect,)
+        # What OMI and trainers have no words of their own for, they call as the original does; own rows come first.
+        spoken = (dialect, "original") if dialect in ("omi", "trainer") else (dialect,)
         written = [rule for rule in names.rules if rule.written and rule.component is None]
         rules = [rule for own in spoken for rule in written if rule.dialect == own]
         plain = [rule for rule in rules if not rule.source.endswith("**")]

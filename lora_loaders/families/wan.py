@@ -123,9 +123,9 @@ WAN = Family(
     ),
     depths={"blocks": (30, 40)},
     shapes=(
-        Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120)),
-        Shape("transformer", "blocks.{i}.attn1.to_q", (3072, 3072)),
-        Shape("transformer", "blocks.{i}.attn1.to_q", (1536, 1536)),
+        Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120), blocks=40),
+        Shape("transformer", "blocks.{i}.attn1.to_q", (3072, 3072), blocks=30),
+        Shape("transformer", "blocks.{i}.attn1.to_q", (1536, 1536), blocks=30),
         Shape("transformer", "condition_embedder.text_embedder.linear_1", (None, 4096)),
         Shape("transformer", "condition_embedder.time_embedder.linear_1", (None, 256)),
     ),
@@ -138,8 +138,8 @@ SKYREELS2 = Family(
     model_classes=("SkyReelsV2Transformer3DModel",),
     depths={"blocks": (30, 40)},
     shapes=(
-        Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120)),
-        Shape("transformer", "blocks.{i}.attn1.to_q", (1536, 1536)),
+        Shape("transformer", "blocks.{i}.attn1.to_q", (5120, 5120), blocks=40),
+        Shape("transformer", "blocks.{i}.attn1.to_q", (1536, 1536), blocks=30),
         Shape("transformer", "condition_embedder.text_embedder.linear_1", (None, 4096)),
         Shape("transformer", "condition_embedder.time_embedder.linear_1", (None, 256)),
     ),

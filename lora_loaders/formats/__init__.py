@@ -61,10 +61,10 @@ def detect(keys: Iterable[Key]) -> str:
 
 def _format_of(key: Key) -> str:
     if key.prefix == "":
-        if key.name.rstrip("12").endswith("_lora"):
-            return XLABS.name
         if key.name.startswith(("double_blocks.", "single_blocks.")):
-            return BFL.name
+            return XLABS.name if key.name.rstrip("12").endswith("_lora") else BFL.name
+        if key.name.endswith("_lora"):
+            return DIFFUSERS_OLD.name
         return PEFT.name if key.style == "peft" else ORIGINAL.name
     if key.prefix in DIFFUSERS.prefixes:
         return DIFFUSERS.name if key.style in ("peft", None) else DIFFUSERS_OLD.name

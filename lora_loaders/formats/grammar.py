@@ -71,6 +71,9 @@ READ_ONLY: Mapping[str, str] = {
     ".lora_magnitude_vector.weight": "magnitude_out",
     ".magnitude": "magnitude_out",
     ".scale": "set_weight",
+    # Flux' and Krea2's norms call their one parameter `scale`, and ComfyUI writes a parameter's whole name.
+    ".scale.diff": "diff",
+    ".scale.set_weight": "set_weight",
     ".oft_R.weight": "oft_R",
 }
 SUFFIXES: Mapping[str, str] = {
@@ -86,10 +89,14 @@ STYLE_OF: Mapping[str, Style] = {
 
 # PEFT's names with the adapter's own name inside: `.lora_A.default.weight`; wrapped twice, with two of them.
 SLOTTED = re.compile(
-    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight\.|bias\.)([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
+    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l)"
+    r"\.(?!weight\.|bias\.|scaled_oft$)([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
 )
-# Whole norm weights beside the pairs, as diffusers writes the ones of a BFL control file.
-REPLACED = re.compile(r"\.norm_(?:added_)?[qk]\.weight$")
+# XLabs' factors are `….qkv_lora1.down`; a module may be called `down` or `up` itself (Krea2's `mlp.up`).
+NAMED_FACTOR = re.compile(r"_lora[12]?\.(?:down|up)\.weight$")
+# Whole norm weights beside the pairs, of a BFL control file and as diffusers writes those. A checkpoint has them too:
+# beside plain weights they are an adapter's only where there are changes as well.
+REPLACED = re.compile(r"\.scale$|\.norm_(?:added_)?[qk]\.weight$")
 
 # Prefix -> the component that it names; "" names none, and "denoiser" and "te1" wait for the family.
 PREFIXES: Mapping[str, str] = {
@@ -218,6 +225,8 @@ def split_key(key: str) -> Key | None:
     if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
         slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))
         return Key(*split_prefix(key[: slotted.start()]), slot, "peft", slotted[2])
+    if slot in ("down", "up") and key[dot:] in (".down.weight", ".up.weight") and not NAMED_FACTOR.search(key):
+        slot, dot = "weight", len(key) - len(".weight")
     if slot == "weight" and REPLACED.search(key):
         slot = "set_weight"
     return None if slot is None else Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
@@ -259,6 +268,24 @@ def read_keys(keys: Iterable[str]) -> tuple[list[RawModule], dict[str, str], lis
             module.repeated[split.slot] = key
         else:
             module.keys[split.slot] = key
-    lone = {name for name, module in modules.items() if module.keys.keys() == {"weight"}}
-    left |= {modules[name].keys["weight"]: NO_SUFFIX for name in lone}  # any checkpoint's weights are spelled so
-    return [module for name, module in modules.items() if name not in lone], left, parsed
+    kept, plain = _without_plain_weights(list(modules.values()), left)
+    return kept, left | dict.fromkeys(plain, NO_SUFFIX), parsed
+
+
+def _without_plain_weights(modules: list[RawModule], left: Mapping[str, str]) -> tuple[list[RawModule], list[str]]:
+    """Apart from the changes: what any checkpoint has, weights of its own.
+
+    A norm's scale is a replaced one beside changes, or in a file of such scales alone.
+    """
+    kept = [module for module in modules if module.keys.keys() != {"weight"}]
+    plain = [module.keys["weight"] for module in modules if module.keys.keys() == {"weight"}]
+    is_changed = any(slot != "alpha" and not _may_be_own(slot, key) for m in kept for slot, key in m.keys.items())
+    if kept and not is_changed and (plain or NO_SUFFIX in left.values()):
+        plain += [key for module in kept for key in module.keys.values()]
+        kept = []
+    return kept, plain
+
+
+def _may_be_own(slot: str, key: str) -> bool:
+    """Whether a model's own checkpoint may hold such a key."""
+    return slot == "weight" or (slot == "set_weight" and REPLACED.search(key) is not None)

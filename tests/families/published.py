@@ -202,7 +202,14 @@ MORE: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("prx", "prx", "transformer", "PRXTransformer2DModel", {}),
     ("longcat-image", "longcat-image", "transformer", "LongCatImageTransformer2DModel", {}),
     ("ovis-image", "ovis-image", "transformer", "OvisImageTransformer2DModel", {}),
-    ("glm-image", "glm-image", "transformer", "GlmImageTransformer2DModel", {}),
+    # 7 billion parameters, where the class's defaults make less than 3.
+    (
+        "glm-image",
+        "glm-image",
+        "transformer",
+        "GlmImageTransformer2DModel",
+        {"attention_head_dim": 128, "num_attention_heads": 32},
+    ),
     ("joy-image", "joy-image", "transformer", "JoyImageEditTransformer3DModel", {}),
     ("nucleus-image", "nucleus-image", "transformer", "NucleusMoEImageTransformer2DModel", {}),
     ("lumina", "lumina", "transformer", "LuminaNextDiT2DModel", {"num_layers": 24, "num_kv_heads": 8}),
@@ -243,6 +250,15 @@ MORE: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("wuerstchen-b", "wuerstchen", "decoder", f"{WUERSTCHEN}_diffnext:WuerstchenDiffNeXt", {}),
     ("minimax-music3", "minimax-music3", "transformer", "MiniMaxMusic3Transformer1DModel", {}),
 )
+# Where the list leaves a class's defaults, and what was published is another size. Sources: diffusers'
+# convert_cogview4_to_diffusers.py and convert_skyreelsv2_to_diffusers.py, musubi-tuner's kandinsky5/configs.py (the
+# lite video model), and DiffSynth's ernie_image_dit.py.
+TRUE_SIZES: dict[str, dict[str, Any]] = {
+    "cogview4": {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32},
+    "skyreels2": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+    "kandinsky5": {"in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792, "ff_dim": 7168, "visual_cond": True},
+    "ernie-image": {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288},
+}
 FAMILY_OF = {"wan2.1": "wan", "wan2.2": "wan", "sd3": "sd3", "sd3.5": "sd3", "flux2": "flux2", "ltx2.3": "ltx2"}
 # In the list, but only an outline (Cascade is neither stage, PixArt reads no captions), or of a class that diffusers
 # does not have.
@@ -293,7 +309,11 @@ def _listed() -> list[Published]:
         if label == "anima-text-conditioner":
             name, component = "anima", "text_conditioner"
         family = _family(name)
-        listed.append(Published(label, family, component or family.denoiser, entry["class"], entry["config"]))
+        listed.append(
+            Published(
+                label, family, component or family.denoiser, entry["class"], entry["config"] | TRUE_SIZES.get(label, {})
+            )
+        )
     return listed
 
 

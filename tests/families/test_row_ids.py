@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_loaders.families import Names
 from lora_loaders.families.cosmos import COSMOS1
+from lora_loaders.families.rules import Dialect
 
 from .published import BY_LABEL, Address, Published, needs_list
 
@@ -35,6 +36,7 @@ class Case:
         left_out: diffusers paths that the converter is not asked about.
         wrong: diffusers paths that the converter gets wrong, and the tables right.
         prefix: what stands before every original key.
+        dialect: the published checkpoint's names; ComfyUI's are others for some, and those are the "original" ones.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Case:
     wrong: re.Pattern[str] = NONE
     prefix: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    dialect: Dialect = "original"
 
     def __str__(self) -> str:
         return self.label
@@ -75,7 +78,7 @@ CASES = (
     Case("chronoedit", WAN),
     Case("skyreels2", WAN),
     Case("wan-animate-2", "convert_wan_animate_2_transformer_to_diffusers"),
-    Case("hunyuan-video", "convert_hunyuan_video_transformer_to_diffusers"),
+    Case("hunyuan-video", "convert_hunyuan_video_transformer_to_diffusers", dialect="trainer"),
     Case("ltx", "convert_ltx_transformer_checkpoint_to_diffusers"),
     Case("ltx2", "convert_ltx2_transformer_to_diffusers"),
     Case("ltx2.3", "convert_ltx2_transformer_to_diffusers", wrong=PROMPT),
@@ -161,7 +164,7 @@ def _numbered(addresses: Mapping[str, Address]) -> Checkpoint:
 
 def _original(case: Case, names: Names, addresses: Mapping[str, Address], numbered: Checkpoint) -> Checkpoint:
     """The same in the original's names: parts put together, halves put back."""
-    writing = names.writing("original")
+    writing = names.writing(case.dialect)
     blocks = [int(path.split(".")[1]) for path in addresses if re.match(r"\w+_blocks\.\d+\.", path)]
     original: Checkpoint = {}
     for path, address in addresses.items():

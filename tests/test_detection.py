@@ -1,0 +1,175 @@
+"""Promises about what a file is taken for: a checkpoint, a family's adapter, another family's, nobody's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from families.published import BY_LABEL, build, needs_list
+from torch import Tensor, nn
+
+import lora_loaders as ll
+
+WIDTH = 3072
+DOUBLE = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+SINGLE = ("to_q", "to_k", "to_v")
+Tensors = dict[str, Tensor]
+
+
+def pair(name: str, rows: int = WIDTH, columns: int = WIDTH) -> Tensors:
+    """A LoRA's factors without data."""
+    down, up = (torch.empty(size, device="meta") for size in ((2, columns), (rows, 2)))
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+
+
+def blocks(path: str, count: int, names: Sequence[str], width: int = WIDTH) -> Tensors:
+    keys: Tensors = {}
+    for block in range(count):
+        for name in names:
+            keys |= pair(f"transformer.{path}.{block}.{name}", width, width)
+    return keys
+
+
+def attention(path: str, count: int, names: Sequence[str]) -> Tensors:
+    return blocks(path, count, [f"attn.{name}" for name in names])
+
+
+def flux(double: int = 19, single: int = 38) -> Tensors:
+    return attention("transformer_blocks", double, DOUBLE) | attention("single_transformer_blocks", single, SINGLE)
+
+
+QWEN = attention("transformer_blocks", 60, DOUBLE)
+
+
+# A checkpoint is no adapter
+
+
+@needs_list
+@pytest.mark.parametrize("label", ["flux1", "flux2-klein-4b", "qwen-image", "wan2.1-t2v-14b", "krea2", "mochi"])
+def test_a_whole_checkpoint_is_refused_as_one(label: str) -> None:
+    weights = {key: tensor.to("meta") for key, tensor in build(BY_LABEL[label]).state_dict().items()}
+    with pytest.raises(ll.CheckpointError, match="is a checkpoint, no adapter"):
+        ll.read_adapter(weights)
+
+
+@pytest.mark.parametrize(
+    "key", ["double_blocks.0.img_attn.norm.key_norm.scale", "blocks.0.mlp.up.weight", "blocks.0.attn.q.scale_weight"]
+)
+def test_keys_that_adapters_have_too_make_no_adapter_of_a_checkpoint(key: str) -> None:
+    weights = {key: torch.ones(4), "double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}
+    weights |= {"blocks.0.mlp.down.weight": torch.ones(4, 4), "blocks.0.attn.q.weight": torch.ones(4, 4)}
+    with pytest.raises(ll.CheckpointError):
+        ll.read_adapter(weights)
+
+
+def test_norms_beside_changes_are_an_adapters_though_plain_weights_stand_beside() -> None:
+    norm = "double_blocks.0.img_attn.norm.key_norm.scale"
+    adapter = ll.read_adapter(
+        pair("double_blocks.0.img_attn.proj") | {norm: torch.ones(128), "x.weight": torch.ones(1)}
+    )
+    assert set(adapter.deltas["transformer"]) == {
+        f"transformer_blocks.0.attn.{name}" for name in ("to_out.0", "norm_k")
+    }
+
+
+# The family that a file is told by
+
+
+def control() -> Tensors:
+    return flux() | pair("transformer.x_embedder", WIDTH, 128)
+
+
+FILES = {
+    # ostris/Flex.1-alpha and Freepik/flux.1-lite: Flux.1 with 8 of its 19 double blocks; Bria FIBO has as many.
+    "flux1, pruned": ("flux1", flux(8)),
+    # diffusers' train_control_lora_flux.py: x_embedder for 128 channels, no norms.
+    "flux1, control": ("flux1", control()),
+    # scripts/convert_cogview4_to_diffusers.py: 32 heads of 128, 28 blocks.
+    "cogview4": (
+        "cogview4",
+        blocks("transformer_blocks", 28, [f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")], 4096),
+    ),
+    "bria": ("bria", flux(8, 28)),
+}
+
+
+@pytest.mark.parametrize("label", FILES)
+def test_a_family_is_told_by_names_then_widths_then_all_lists_of_blocks(label: str) -> None:
+    family, keys = FILES[label]
+    assert ll.read_adapter(keys).family == family
+
+
+OMNIGEN2 = ("layers.0.attn.to_q", "layers.0.feed_forward.linear_1", "ref_image_refiner.0.attn.to_q", "x.0.attn.to_q")
+ACE_STEP_1 = ("speaker_embedder", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.cross_attn.to_k", "lyric.0.q")
+FACE_ID = {
+    "image_proj.latents": torch.ones(1),
+    "ip_adapter.0.to_q_lora.down.weight": torch.ones(4, 320),
+    "ip_adapter.0.to_q_lora.up.weight": torch.ones(320, 4),
+}
+
+
+@pytest.mark.parametrize("names", [OMNIGEN2, ACE_STEP_1])
+def test_half_of_the_names_make_no_family(names: tuple[str, ...]) -> None:
+    keys = {key: tensor for name in names for key, tensor in pair(name).items()}
+    with pytest.raises(ll.UnknownFamilyError, match="no family knows its 4 modules"):
+        ll.read_adapter(keys)
+
+
+def test_a_file_of_no_family_is_an_error_that_names_its_modules() -> None:
+    with pytest.raises(ll.UnknownFamilyError) as caught:
+        ll.read_adapter(FACE_ID)
+    assert caught.value.problems[0].startswith("ip_adapter.0.to_q_lora: no family knows")
+
+
+# Another family's file
+
+
+def loaded(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "transformer") -> Any:
+    return ll.attach(model).load_lora_adapter(dict(tensors), prefix=prefix)
+
+
+SGM = "lora_unet_input_blocks_{}_1_transformer_blocks_{}_attn1_to_q"
+SDXL = {
+    key: tensor
+    for block, depth, width in ((4, 2, 640), (7, 10, 1280), (8, 10, 1280))
+    for layer in range(depth)
+    for key, tensor in pair(SGM.format(block, layer), width, width).items()
+} | {
+    key: tensor
+    for number, width in ((1, 768), (2, 1280))
+    for key, tensor in pair(f"lora_te{number}_text_model_encoder_layers_0_self_attn_q_proj", width, width).items()
+}
+# cloneofsimo's: modules by number, learned tokens beside.
+NUMBERED = {f"unet:{n}:{slot}": torch.empty(4, 4) for n in range(32) for slot in ("up", "down")} | {
+    "<s1>": torch.ones(8)
+}
+
+
+@needs_list
+@pytest.mark.parametrize(
+    ("label", "tensors", "family"),
+    [
+        pytest.param("flux1", QWEN, "qwen-image", id="qwen-image into flux1"),
+        pytest.param("qwen-image", flux(), "flux1", id="flux1 into qwen-image"),
+        pytest.param("sd15", SDXL, "sdxl", id="sdxl into sd15"),
+        pytest.param("flux1", NUMBERED, "sd15", id="numbered modules into flux1"),
+    ],
+)
+def test_a_file_for_another_family_is_refused_as_one(label: str, tensors: Tensors, family: str) -> None:
+    model = build(BY_LABEL[label])
+    before = repr(model)
+    with pytest.raises(ll.NothingFitsError, match=f"is for {family}: "):
+        loaded(model, tensors, "unet" if label == "sd15" else "transformer")
+    assert repr(model) == before
+
+
+@needs_list
+def test_families_that_look_alike_load_each_others_files() -> None:
+    with_modulation = flux() | {
+        key: tensor
+        for block in range(19)
+        for name in ("norm1", "norm1_context")
+        for key, tensor in pair(f"transformer.transformer_blocks.{block}.{name}.linear", 6 * WIDTH).items()
+    }
+    report = loaded(build(BY_LABEL["chroma"]), with_modulation)
+    assert report.components == {"transformer": len(flux()) // 2}

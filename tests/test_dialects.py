@@ -1,0 +1,135 @@
+"""Names that other tools give to a family's modules: read as the original's, written as the tool reads them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_loaders as ll
+from lora_loaders.adapter import Adapter
+from lora_loaders.deltas import LoraDelta
+from lora_loaders.writing import to_tensors
+
+WIDTH = 8
+
+
+def pair(name: str, rows: int = WIDTH, columns: int = WIDTH, kohya: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows + columns)
+    down, up = (torch.randn(size, generator=generator) for size in ((2, columns), (rows, 2)))
+    suffixes = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+    return {f"{name}.{suffixes[0]}.weight": down, f"{name}.{suffixes[1]}.weight": up}
+
+
+def assert_equal(one: Adapter, other: Adapter) -> None:
+    assert {(c, path) for c, path, _ in one.modules()} == {(c, path) for c, path, _ in other.modules()}
+    for component, path, delta in one.modules():
+        assert torch.equal(delta.delta_weight(), other.deltas[component][path].delta_weight()), path
+
+
+# `civitai_rename_dict` of DiffSynth-Studio's diffsynth/utils/lora/flux.py, and the rows of each weight.
+DIFFSYNTH = {
+    "double_blocks_3_img_mod_lin": ("blocks.3.norm1_a.linear", 6),
+    "double_blocks_3_txt_mod_lin": ("blocks.3.norm1_b.linear", 6),
+    "double_blocks_3_img_attn_qkv": ("blocks.3.attn.a_to_qkv", 3),
+    "double_blocks_3_txt_attn_qkv": ("blocks.3.attn.b_to_qkv", 3),
+    "double_blocks_3_img_attn_proj": ("blocks.3.attn.a_to_out", 1),
+    "double_blocks_3_txt_attn_proj": ("blocks.3.attn.b_to_out", 1),
+    "double_blocks_3_img_mlp_0": ("blocks.3.ff_a.0", 4),
+    "double_blocks_3_img_mlp_2": ("blocks.3.ff_a.2", 1),
+    "double_blocks_3_txt_mlp_0": ("blocks.3.ff_b.0", 4),
+    "double_blocks_3_txt_mlp_2": ("blocks.3.ff_b.2", 1),
+    "single_blocks_3_modulation_lin": ("single_blocks.3.norm.linear", 3),
+    "single_blocks_3_linear1": ("single_blocks.3.to_qkv_mlp", 7),
+    "single_blocks_3_linear2": ("single_blocks.3.proj_out", 1),
+}
+
+
+def test_diffsynths_own_flux_names_are_read_as_those_it_makes_them_of() -> None:
+    theirs, kohyas = dict[str, Tensor](), dict[str, Tensor]()
+    for name, (own, parts) in DIFFSYNTH.items():
+        factors = pair(name, parts * WIDTH)
+        kohyas |= {f"lora_unet_{key}": tensor for key, tensor in factors.items()}
+        theirs |= dict(zip(pair(own, kohya=False), factors.values(), strict=True))
+    adapter = ll.read_adapter({key.replace(".weight", ".default.weight"): tensor for key, tensor in theirs.items()})
+    assert adapter.family == "flux1"
+    assert_equal(adapter, ll.read_adapter(kohyas, family="flux1"))
+
+
+BLOCK = "transformer_blocks.0"
+HUNYUAN = {f"{BLOCK}.attn.{name}": WIDTH for name in ("to_q", "to_k", "to_v", "to_out.0")} | {
+    f"{BLOCK}.ff.net.0.proj": WIDTH,
+    f"{BLOCK}.norm1.linear": WIDTH,
+}
+# ComfyUI's from the tables of convert_hunyuan_video_1_5_lora_to_comfy.py (musubi-tuner) and
+# convert_hunyuan_image_lora_to_comfy.py (sd-scripts), the trainers' from the left sides there and their model classes.
+COMFY = {"img_attn_qkv", "img_attn_proj", "img_mlp_0", "img_mod_lin"}
+TRAINERS = {
+    "hunyuan-video": {"img_attn_qkv", "img_attn_proj", "img_mlp_fc1", "img_mod_linear"},
+    "hunyuan-video-1.5": {*(f"img_attn_{n}" for n in "qkv"), "img_attn_proj", "img_mlp_fc1", "img_mod_linear"},
+    "hunyuan-image": {"img_attn_qkv", "img_attn_proj", "img_mlp_fc1", "img_mod_linear"},
+}
+
+
+@pytest.mark.parametrize("family", TRAINERS)
+def test_hunyuan_is_written_as_comfyui_and_as_the_trainers_have_it(family: str) -> None:
+    deltas = {path: LoraDelta(up=torch.randn(rows, 2), down=torch.ones(2, WIDTH)) for path, rows in HUNYUAN.items()}
+    adapter = Adapter({"transformer": deltas}, family=family)
+    names: dict[str, set[str]] = {}
+    for spelling, prefix in (("original", "diffusion_model.double_blocks.0."), ("kohya", "lora_unet_double_blocks_0_")):
+        tensors, _, _ = to_tensors(adapter, spelling)
+        assert_equal(ll.read_adapter(tensors, family=family), adapter)
+        stems = {key.split(".lora_")[0].removesuffix(".alpha").removeprefix(prefix) for key in tensors}
+        names[spelling] = {stem.replace(".", "_") for stem in stems}
+        assert all(key.startswith(prefix) for key in tensors)
+    assert names == {"original": COMFY, "kohya": TRAINERS[family]}
+    tensors, _, _ = to_tensors(adapter, "original")
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in tensors
+
+
+@pytest.mark.parametrize("family", ["chroma", "pixart"])
+def test_a_t5_alone_is_called_as_comfyui_reads_it(family: str) -> None:
+    """ComfyUI counts a T5 from 1 behind the CLIPs that there are (comfy/lora.py, `model_lora_keys_clip`)."""
+    path = "encoder.block.0.layer.0.SelfAttention.q"
+    delta = LoraDelta(up=torch.ones(WIDTH, 2), down=torch.ones(2, WIDTH))
+    adapter = Adapter({"text_encoder": {path: delta}}, family=family)
+    tensors, _, _ = to_tensors(adapter, "kohya")
+    assert {key.split(".")[0] for key in tensors} == {"lora_te1_encoder_block_0_layer_0_SelfAttention_q"}
+    for prefix in ("lora_te_", "lora_te1_", "lora_te3_"):
+        renamed = {key.replace("lora_te1_", prefix): tensor for key, tensor in tensors.items()}
+        assert_equal(ll.read_adapter(renamed, family=family), adapter)
+
+
+@pytest.mark.parametrize("suffix", [".scale.diff", ".diff"])
+def test_the_difference_of_a_norms_scale_is_read(suffix: str) -> None:
+    """ComfyUI writes a parameter's whole name where it is no `.weight`; Flux' norms have a `scale`."""
+    key = f"diffusion_model.double_blocks.0.img_attn.norm.query_norm{suffix}"
+    value = torch.randn(128)
+    adapter = ll.read_adapter({key: value, **pair("diffusion_model.double_blocks.0.img_attn.proj", kohya=False)})
+    delta = adapter.deltas["transformer"]["transformer_blocks.0.attn.norm_q"]
+    assert torch.equal(delta.delta_weight(), value)
+
+
+def test_a_module_that_two_dialects_give_alike_is_read_once() -> None:
+    factors = pair("lora_unet_double_blocks_0_img_attn_proj")
+    again = dict(zip(pair("diffusion_model.double_blocks.0.img_attn.proj", kohya=False), factors.values(), strict=True))
+    adapter = ll.read_adapter(factors | again, family="flux1")
+    assert_equal(adapter, ll.read_adapter(factors, family="flux1"))
+    assert {reason.split(" ")[0] for key, reason in adapter.ignored.items() if key in again} == {"the"}
+    assert set(adapter.ignored) == set(again)
+    other = {key: tensor + 1 for key, tensor in again.items()}
+    with pytest.raises(ll.MalformedAdapterError, match="both"):
+        ll.read_adapter(factors | other, family="flux1")
+
+
+def test_an_adapter_with_modules_of_unknown_names_is_not_written_by_half() -> None:
+    known = pair("lora_unet_double_blocks_0_img_attn_proj") | pair("lora_unet_double_blocks_0_txt_attn_proj")
+    adapter = ll.read_adapter(known | pair("lora_unet_sidecar_7"))
+    with pytest.raises(ll.ConversionError) as caught:
+        to_tensors(adapter, "diffusers")
+    assert caught.value.problems == ("sidecar_7: no such name in this family",)
+
+
+def test_a_plan_accounts_for_learned_tokens_too() -> None:
+    token = "bundle_emb.<cat>.clip_l"
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(WIDTH, WIDTH)})
+    tensors = pair("transformer.a", kohya=False) | {token: torch.ones(2, 4)}
+    assert set(ll.plan(model, tensors).keys) == set(tensors)
