@@ -16,6 +16,7 @@ from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
 from .layers.kinds import PARAMETER, Kind, kind_of
 from .layout import ModelLayout, base_of
+from .siblings import on_model
 from .widening import hinders_widening
 
 
@@ -143,6 +144,10 @@ def plan_adapter(
                 unmatched[label] = "no such module"
             continue
         true_path, module = found
+        delta, problem = on_model(delta, component, layout)
+        if problem is not None:
+            problems.append(f"{component}.{true_path}: {problem}")
+            continue
         binding, problem = _bind(component, true_path, module, delta, path in widens, may_widen)
         if problem is not None:
             problems.append(f"{component}.{true_path}: {problem}")

@@ -17,6 +17,8 @@ from .goals import Goal
 from .provenance import with_history
 from .truncating import Pair, of_matrix, of_product, split_size
 
+NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
+
 
 class Fit(NamedTuple):
     """How well one module's change is said: the new rank, ‖ΔW‖, and ‖ΔW − ΔW'‖ / ‖ΔW‖ of what is stored."""
@@ -96,7 +98,7 @@ def as_lora(delta: Delta, goal: Goal, base_weight: Tensor | None = None, dtype: 
         made = lora_of(of_product(*product, goal), delta, shape, dtype)
         return Fitted(made, fit_of_product(product, made))
     if goal.keeps_all:
-        raise ConversionError(f"{delta.kind} has no rank of its own: give a rank, an energy or an error")
+        raise ConversionError(f"{delta.kind} has no rank of its own", mend="Give rank=…, energy=… or error=….")
     change = delta.delta_weight(base_weight).reshape(shape)
     made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype)
     return Fitted(made, fit_of(change, made))
@@ -171,7 +173,7 @@ def shape_of(delta: Delta, base_weight: Tensor | None) -> tuple[int, ...] | None
     if base_weight is not None:
         return tuple(base_weight.shape)
     if delta.needs_base:
-        raise ConversionError(f"{delta.kind}: ΔW depends on the weight it is added to")
+        raise ConversionError(f"{delta.kind}: ΔW depends on the weight it is added to", mend=NEEDS_WEIGHTS)
     return delta.shape
 
 

@@ -12,6 +12,7 @@ from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source
 from lora_loaders.deltas import Delta, FullDelta, LoraDelta
 from lora_loaders.errors import ConversionError
+from lora_loaders.siblings import on_weights
 from lora_loaders.weights import number
 
 from .approximating import (
@@ -27,7 +28,7 @@ from .approximating import (
 )
 from .arithmetic import METHODS, Majority, Method, check_density, combine
 from .goals import Goal
-from .resizing import NEEDS_WEIGHTS, Tick, at_hand, base_weight_at, read_whole
+from .resizing import Tick, at_hand, base_weight_at, read_whole
 from .truncating import Pair, of_product
 
 NOTHING = "Nothing was written."
@@ -105,6 +106,7 @@ def merge(
     deltas: dict[str, dict[str, Delta]] = {}
     fits: dict[str, Fit] = {}
     problems: list[str] = []
+    mends: dict[str, None] = {}
     for component, path in dict.fromkeys((m.component, m.path) for adapter in adapters for m in adapter.modules()):
         parts = _parts(adapters, factors, component, path, device)
         try:
@@ -112,11 +114,11 @@ def merge(
             deltas.setdefault(component, {})[path] = at_hand(made, "cpu")
         except ConversionError as problem:
             problems.append(f"{component}.{path}: {problem.what}")
+            mends[problem.mend or "Resize or convert them to one shape first."] = None
         if on_module is not None:
             on_module(f"{component}.{path}")
     if problems:
-        depends = any("depends" in problem for problem in problems)
-        mend = NEEDS_WEIGHTS if depends else "Resize or convert them to one shape first."
+        mend = " ".join(mends)
         raise ConversionError(f"{len(problems)} modules cannot be merged", problems=problems, mend=mend, state=NOTHING)
     facts = {"method": method, "weights": factors, **{k: v for k, v in asdict(goal).items() if v is not None}}
     if method != "linear":
@@ -178,8 +180,13 @@ def _merged(
     pairs = [product for product in products if product is not None]
     if rule.method == "linear" and len(pairs) == len(parts):
         return _side_by_side(parts, pairs, rule.goal, dtype)
-    base = base_weight_at(checkpoint, component, path, device)
-    whole = [_in_full(part, base) for part in parts]
+
+    def weight(of: str) -> Tensor | None:
+        return base_weight_at(checkpoint, component, of, device)
+
+    base = weight(path)
+    bound = parts if checkpoint is None else [replace(part, delta=on_weights(part.delta, weight)) for part in parts]
+    whole = [_in_full(part, base) for part in bound]
     biases = _bias(parts, dtype)
     diffs = [(full.diff, part.weight) for full, part in zip(whole, parts, strict=True) if full.diff is not None]
     if not diffs:

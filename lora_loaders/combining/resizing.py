@@ -14,11 +14,11 @@ from lora_loaders.conversion import Source, read_adapter
 from lora_loaders.deltas import Delta, FullDelta
 from lora_loaders.errors import ConversionError
 from lora_loaders.lazy import FileTensor, form_of
+from lora_loaders.siblings import on_weights
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lora, with_record
 from .goals import Goal
 
-NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
 Tick = Callable[[str], None]
 
 
@@ -150,6 +150,7 @@ def _changed(
     deltas: dict[str, dict[str, Delta]] = {}
     fits: dict[str, Fit] = {}
     problems: list[str] = []
+    mends: dict[str, None] = {}
     for component, path, delta in adapter.modules():
         place = f"{component}.{path}"
         try:
@@ -158,15 +159,14 @@ def _changed(
             deltas.setdefault(component, {})[path] = computed_again(made, lambda again=compute: again().delta)
         except ConversionError as error:
             problems.append(f"{place}: {error.what}")
+            mends[error.mend] = None
         if on_module is not None:
             on_module(place)
     if problems:
         raise ConversionError(
             f"{adapter.source} ({adapter.describe()}): {len(problems)} modules cannot be changed so",
             problems=problems,
-            mend=NEEDS_WEIGHTS
-            if any("depends" in problem for problem in problems)
-            else "Give rank=…, energy=… or error=….",
+            mend=" ".join(filter(None, mends)),
             state="Nothing was written.",
         )
     made_adapter = with_record(replace(adapter, deltas=deltas), fits, action, [adapter.source], settings)
@@ -181,4 +181,8 @@ def _made(
     delta: Delta,
     device: torch.device | str | None,
 ) -> Fitted:
-    return change(at_hand(delta, device), base_weight_at(checkpoint, component, path, device))
+    def weight(of: str) -> Tensor | None:
+        return base_weight_at(checkpoint, component, of, device)
+
+    own = at_hand(delta, device)
+    return change(own if checkpoint is None else on_weights(own, weight), weight(path))

@@ -21,6 +21,7 @@ from .lora import LoraDelta as LoraDelta
 from .oft import InputOftDelta as InputOftDelta
 from .oft import OftDelta as OftDelta
 from .rows import RowsDelta as RowsDelta
+from .rows import parts_of as parts_of
 from .sparse import SparseDelta as SparseDelta
 
 # Needed slots -> algebra. The first line whose slots are all there is taken; every slot it may use stands beside it.

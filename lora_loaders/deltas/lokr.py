@@ -12,11 +12,9 @@ from typing_extensions import Self
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import (
-    Delta,
     Factors,
     RowMap,
     Slots,
-    check_sizes,
     computing,
     is_cheaper,
     join_biases,
@@ -24,11 +22,11 @@ from .base import (
     view_like,
     whole_units,
 )
-from .rows import RowsDelta
+from .rows import InUnits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LokrDelta(Delta):
+class LokrDelta(InUnits):
     """ΔW = scaling · kron(w1, w2), either factor stored whole or as the product of its `_a` and `_b`.
 
     Shapes, for out = p·m and in = q·n: w1 `[p, q]`, w2 `[m, n, *kernel]`. A convolution's w2_b without a core is
@@ -98,7 +96,7 @@ class LokrDelta(Delta):
         return factor
 
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """Rows of w2: output rows that share one row of w1."""
         if self.lokr_w2 is not None:
             return self.lokr_w2.shape[0]
@@ -122,7 +120,7 @@ class LokrDelta(Delta):
         assert columns is not None
         assert second is not None
         kernel = second.shape[2:] if self.lokr_t2 is None else self.lokr_t2.shape[2:]
-        return (self._row_factor.shape[0] * self._unit, columns.shape[1] * second.shape[1], *kernel)
+        return (self._row_factor.shape[0] * self.unit, columns.shape[1] * second.shape[1], *kernel)
 
     def fits(self, weight_shape: Sequence[int]) -> bool:
         """See `Delta.fits`; a flattened kernel fits any kernel of that size."""
@@ -165,9 +163,9 @@ class LokrDelta(Delta):
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """See `Delta.weight_rows`; only the blocks that these rows touch are computed."""
-        first, last = start // self._unit, -(-stop // self._unit)
+        first, last = start // self.unit, -(-stop // self.unit)
         touched = self._take(torch.arange(first, last)).delta_weight()
-        return touched[start - first * self._unit :][: stop - start]
+        return touched[start - first * self.unit :][: stop - start]
 
     def _take(self, blocks: Tensor) -> Self:
         """The delta of the given rows of w1, without its bias."""
@@ -182,31 +180,10 @@ class LokrDelta(Delta):
             ConversionError: the selection cuts through rows that share a row of w1; `rows`, `split` and `swap_halves`
                 give a `RowsDelta` there.
         """
-        blocks = whole_units(change(torch.arange(self.out_features)), self._unit)
+        blocks = whole_units(change(torch.arange(self.out_features)), self.unit)
         if blocks is None:
-            raise ConversionError(f"rows of a LoKr delta can be chosen only in blocks of {self._unit}, the rows of w2")
+            raise ConversionError(f"rows of a LoKr delta can be chosen only in blocks of {self.unit}, the rows of w2")
         return replace(self._take(blocks), bias=None if self.bias is None else change(self.bias))
-
-    def rows(self, start: int, stop: int) -> Delta:
-        """See `Delta.rows`."""
-        if start % self._unit or stop % self._unit:
-            return RowsDelta.of(self, [(start, stop)])
-        return super().rows(start, stop)
-
-    def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """See `Delta.split`; where one cut misses the blocks, all parts become `RowsDelta`, and `join` undoes it."""
-        check_sizes(self.out_features, sizes)
-        if not any(size % self._unit for size in sizes):
-            return super().split(sizes)
-        stops = [sum(sizes[: index + 1]) for index in range(len(sizes))]
-        return [RowsDelta.of(self, [(stop - size, stop)]) for stop, size in zip(stops, sizes, strict=True)]
-
-    def swap_halves(self) -> Delta:
-        """See `Delta.swap_halves`."""
-        if self._row_factor.shape[0] % 2:
-            half = self.out_features // 2
-            return RowsDelta.of(self, [(half, self.out_features), (0, half)])
-        return super().swap_halves()
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "LokrDelta":
