@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .deltas import Delta, LoraDelta
+from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
@@ -200,6 +200,8 @@ def _bind(
     for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
         if bias.shape != own[:1]:
             return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"
+    if (problem := _hinders_norms(delta, own)) is not None:
+        return None, problem
     if kind is PARAMETER and (problem := _hinders_parameter(base, delta)):
         return None, problem
     if shape is None or kind is PARAMETER:
@@ -223,6 +225,17 @@ def _bind(
                 "load it with FluxControlPipeline"
             )
     return None, f"the adapter is for a weight of shape {shape}, the module has {own}"
+
+
+def _hinders_norms(delta: Delta, own: tuple[int, ...]) -> str | None:
+    """Why DoRA's magnitude is none of this module's."""
+    dora = delta.inner if isinstance(delta, RowsDelta) else delta
+    if not isinstance(dora, DoraDelta):
+        return None
+    side, wanted = ("inputs", own[1]) if dora.per_input and len(own) > 1 else ("outputs", next(iter(own), 1))
+    if dora.magnitude.numel() == wanted:
+        return None
+    return f"its DoRA magnitude has the shape {tuple(dora.magnitude.shape)}, the module {wanted} {side}"
 
 
 def _hinders_parameter(base: nn.Module, delta: Delta) -> str | None:

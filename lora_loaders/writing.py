@@ -22,7 +22,7 @@ from .formats import Format, format_named
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .peft_types import plain
+from .peft_types import PEFT_WAYS_OUT, for_peft, plain, unreadable
 from .scaling import plain_alpha
 
 MEND = "Choose another format, or write in float32 where rounding is the reason."
@@ -37,6 +37,8 @@ class _Writing:
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta]] = field(default_factory=dict[str, dict[str, LoraDelta]])
     """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
+    doras: set[str] = field(default_factory=set[str])
+    """Those of them, as `component.name`, that are under DoRA."""
     tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     problems: list[str] = field(default_factory=list[str])
@@ -78,7 +80,7 @@ def to_tensors(
         writing.tensors[token] = vector
     config: dict[str, Any] = {}
     try:
-        config = peft_config(writing.alphas, writing.tuned, writing.tensors)
+        config = peft_config(writing.alphas, writing.doras, writing.tuned)
     except ConversionError as error:
         writing.refuse(error)
     if writing.problems:
@@ -89,7 +91,7 @@ def to_tensors(
             mend=" ".join(writing.mends) or MEND,
             state="Nothing was written.",
         )
-    return writing.tensors, metadata_of(adapter, form, writing.alphas), config
+    return writing.tensors, metadata_of(adapter, form, writing.alphas, writing.doras), config
 
 
 def write_adapter(
@@ -280,6 +282,9 @@ def _indexed(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> 
 def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: _Writing) -> None:
     form = writing.form
     where = f"{component}.{name}"
+    if form.name == "peft" and (reason := unreadable(delta)) is not None:
+        writing.refuse(ConversionError(reason, mend=PEFT_WAYS_OUT), where)
+        return
     try:
         inner = _spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
         slots = {**inner.slots(), **_magnitude(delta, form)}
@@ -301,10 +306,12 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         if suffix is None:
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
-        writing.tensors[f"{prefix}{written}{suffix}"] = tensor
+        writing.tensors[f"{prefix}{written}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
     alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta):
         writing.alphas.setdefault(component, {})[name] = inner
+        if isinstance(delta, DoraDelta):
+            writing.doras.add(f"{component}.{name}")
     elif form.name == "peft":
         writing.tuned[name] = inner
     elif form.alpha != "folded" and alpha is not None:

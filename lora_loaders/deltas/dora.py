@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lora_loaders.errors import ConversionError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import Delta, Factors, RowMap, Slots, computing
 from .rows import RowsDelta
@@ -146,6 +146,9 @@ class DoraDelta(Delta):
         """See `Delta.split`."""
         if self.per_input:
             return RowsDelta.cut(self, sizes)
+        if self.magnitude.shape[0] != sum(sizes):
+            shape = list(self.magnitude.shape)
+            raise MalformedAdapterError(f"a DoRA magnitude of shape {shape} for {sum(sizes)} outputs")
         magnitudes = self.magnitude.split(list(sizes))
         inners = self.inner.split(sizes)
         return [replace(self, inner=inner, magnitude=part) for inner, part in zip(inners, magnitudes, strict=True)]

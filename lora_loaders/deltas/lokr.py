@@ -39,6 +39,8 @@ class LokrDelta(InUnits):
         lokr_t2: Tucker core `[rank, rank, *kernel]`; w2_a is then `[rank, m]` and w2_b `[rank, n]`.
         alpha: numerator of the scaling alpha / rank; None and 0 mean 1.
         whole_scaling: scaling of two whole factors, which have no rank: 1 in LyCORIS's files, alpha / r in PEFT's.
+        peft_conv1d: ΔW is PEFT's for a Conv1d with a whole w2. Its `make_kron` lines up w1's axes with the last two of
+            w2 `[m, n, k]`, and the `[m, p·n, q·k]` that this gives is read as `[p·m, q·n, k]`.
     """
 
     kind: ClassVar[str] = "lokr"
@@ -52,6 +54,7 @@ class LokrDelta(InUnits):
     lokr_t2: Tensor | None = None
     alpha: float | None = None
     whole_scaling: float = 1.0
+    peft_conv1d: bool = False
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
@@ -97,7 +100,12 @@ class LokrDelta(InUnits):
 
     @property
     def unit(self) -> int:
-        """Rows of w2: output rows that share one row of w1."""
+        """See `InUnits.unit`: the output rows that share one row of w1."""
+        return self.out_features if self.peft_conv1d else self._second_rows
+
+    @property
+    def _second_rows(self) -> int:
+        """Rows of w2."""
         if self.lokr_w2 is not None:
             return self.lokr_w2.shape[0]
         assert self.lokr_w2_a is not None
@@ -120,7 +128,7 @@ class LokrDelta(InUnits):
         assert columns is not None
         assert second is not None
         kernel = second.shape[2:] if self.lokr_t2 is None else self.lokr_t2.shape[2:]
-        return (self._row_factor.shape[0] * self.unit, columns.shape[1] * second.shape[1], *kernel)
+        return (self._row_factor.shape[0] * self._second_rows, columns.shape[1] * second.shape[1], *kernel)
 
     def fits(self, weight_shape: Sequence[int]) -> bool:
         """See `Delta.fits`; a flattened kernel fits any kernel of that size."""
@@ -149,6 +157,8 @@ class LokrDelta(InUnits):
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
         """kron(a b, c d) = kron(a, c) @ kron(b, d), or None where that costs more than the whole weight."""
+        if self.peft_conv1d:
+            return None
         (left1, right1), (left2, right2) = self._first(), self._second()
         if not is_cheaper(right1.shape[0] * right2.shape[0], self.shape):
             return None
@@ -158,11 +168,17 @@ class LokrDelta(InUnits):
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""
         first = _product(self.lokr_w1, self._first)
+        if self.peft_conv1d:
+            assert self.lokr_w2 is not None
+            whole = torch.kron(first[None], computing(self.lokr_w2).contiguous())
+            return view_like(whole * self.scaling, self.shape, base_weight)
         second = _product(self.lokr_w2, self._second)
         return view_like(_kron(first, second) * self.scaling, self.shape, base_weight)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """See `Delta.weight_rows`; only the blocks that these rows touch are computed."""
+        if self.peft_conv1d:
+            return super().weight_rows(start, stop)
         first, last = start // self.unit, -(-stop // self.unit)
         touched = self._take(torch.arange(first, last)).delta_weight()
         return touched[start - first * self.unit :][: stop - start]
