@@ -8,6 +8,7 @@ from lora_loaders.errors import MalformedAdapterError
 
 from .base import Delta as Delta
 from .base import Factors as Factors
+from .base import Kron as Kron
 from .boft import InputBoftDelta as InputBoftDelta
 from .dora import DoraDelta as DoraDelta
 from .full import FullDelta as FullDelta

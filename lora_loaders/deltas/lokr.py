@@ -13,6 +13,7 @@ from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import (
     Factors,
+    Kron,
     RowMap,
     Slots,
     computing,
@@ -164,6 +165,15 @@ class LokrDelta(InUnits):
             return None
         kernel = self.shape[1:] if base_weight is None else base_weight.shape[1:]
         return Factors(_kron(right1, right2).reshape(-1, *kernel), _kron(left1, left2), self.scaling)
+
+    def kron(self, weight_shape: Sequence[int]) -> Kron | None:
+        """See `Delta.kron`."""
+        if self.peft_conv1d:
+            return None
+        first = _product(self.lokr_w1, self._first)
+        second = _product(self.lokr_w2, self._second)
+        columns = weight_shape[1] // first.shape[1]
+        return Kron(first * self.scaling, second.reshape(-1, columns, *weight_shape[2:]))
 
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""
