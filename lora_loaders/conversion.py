@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .adapter import Adapter, Unresolved
-from .deltas import Delta, DoraDelta, build
+from .deltas import Delta, DoraDelta, build, parts_of
 from .deltas.unread import UnreadDelta
 from .detection import choose_family, readings_of, told_depth, vote
 from .errors import (
@@ -66,6 +66,9 @@ class _Reading:
     exact: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
     keys: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict[tuple[str, str], tuple[str, ...]])
     problems: list[str] = field(default_factory=list[str])
+    """What is wrong with the file."""
+    unsaid: list[tuple[str, ConversionError]] = field(default_factory=list[tuple[str, ConversionError]])
+    """Modules of sound data that cannot be said for a model with diffusers' names."""
 
 
 def read_adapter(
@@ -89,6 +92,7 @@ def read_adapter(
 
     Raises:
         AdapterFileError: the file; see its subclasses.
+        ConversionError: a change that cannot be cut to the modules that diffusers has for a fused one.
     """
     if isinstance(source, Adapter):
         return source
@@ -126,6 +130,14 @@ def parse(
             f"{contents.label} ({spelling}): {len(reading.problems)} of {len(modules)} modules are malformed",
             problems=reading.problems,
             mend="The file is damaged, or its trainer writes something that is not known yet.",
+            state=UNTOUCHED,
+        )
+    if reading.unsaid:
+        raise ConversionError(
+            f"{contents.label} ({spelling}): {len(reading.unsaid)} of {len(modules)} modules cannot be said in "
+            "diffusers' names",
+            problems=[f"{name}: {error.what}" for name, error in reading.unsaid],
+            mend=" ".join(dict.fromkeys(error.mend for _, error in reading.unsaid if error.mend)),
             state=UNTOUCHED,
         )
     return Adapter(
@@ -194,8 +206,11 @@ def _bind(module: RawModule, reading: _Reading) -> None:
         if readings and readings[0][1].rule.head and module.adapter:
             delta = _heads_apart(delta, readings[0][1])
         parts = _place(delta, readings[0][1], component, reading) if readings else {path: delta}
-    except (MalformedAdapterError, ConversionError) as error:
+    except MalformedAdapterError as error:
         reading.problems.append(f"{module.name}: {error.what}")
+        return
+    except ConversionError as error:
+        reading.unsaid.append((module.name, error))
         return
     reading.bound |= dict.fromkeys(keys, tuple(f"{component}.{part}" for part in parts))
     _store(parts, component, keys, exact=not readings or readings[0][1].is_diffusers, reading=reading)
@@ -283,7 +298,7 @@ def _place(delta: Delta, resolved: Resolved, component: str, reading: _Reading) 
             parts = " | ".join(path.rsplit(".", 1)[-1] for path in paths)
             raise MalformedAdapterError(f"{rows} rows cannot be cut into {parts} as {list(rule.shares)}")
         sizes = [unit * share for share in rule.shares]
-    return dict(zip(paths, delta.split(sizes), strict=True))
+    return parts_of(delta, dict(zip(paths, sizes, strict=True)))
 
 
 def _heads_apart(delta: Delta, resolved: Resolved) -> Delta:

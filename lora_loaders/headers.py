@@ -1,7 +1,7 @@
 """What a file says beside its tensors: the header's metadata, and PEFT's `adapter_config.json`."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .adapter import Adapter
@@ -17,8 +17,15 @@ Named = Mapping[str, Mapping[str, LoraDelta]]
 """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
 
 
-def metadata_of(adapter: Adapter, form: Format, alphas: Named) -> dict[str, str]:
-    """The header's metadata: the adapter's own, and alphas where the format keeps them there."""
+def metadata_of(adapter: Adapter, form: Format, alphas: Named, doras: Collection[str]) -> dict[str, str]:
+    """The header's metadata: the adapter's own, and alphas where the format keeps them there.
+
+    Args:
+        adapter: what is written.
+        form: the format.
+        alphas: the LoRAs.
+        doras: `component.name` of those under DoRA.
+    """
     # Hashes are of other tensors, or of these under other names.
     own = {METADATA_KEY, "format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
     metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
@@ -31,7 +38,7 @@ def metadata_of(adapter: Adapter, form: Format, alphas: Named) -> dict[str, str]
         metadata = {key: value for key, value in metadata.items() if key not in KOHYA_SCALING}
     if form.alpha == "metadata":
         said = {c: loras for c, loras in alphas.items() if any(d.alpha is not None for d in loras.values())}
-        configs = {component: lora_config(loras) for component, loras in said.items()}
+        configs = {component: lora_config(loras, _under(doras, component)) for component, loras in said.items()}
         if configs:
             flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
             metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
@@ -40,26 +47,33 @@ def metadata_of(adapter: Adapter, form: Format, alphas: Named) -> dict[str, str]
     return metadata
 
 
-def peft_config(alphas: Named, tuned: Mapping[str, Delta], keys: Iterable[str]) -> dict[str, Any]:
-    """PEFT's configuration for a file of these keys.
+def _under(doras: Collection[str], component: str) -> set[str]:
+    return {place.removeprefix(f"{component}.") for place in doras if place.startswith(f"{component}.")}
+
+
+def peft_config(alphas: Named, doras: Collection[str], tuned: Mapping[str, Delta]) -> dict[str, Any]:
+    """PEFT's configuration for a file of one component.
 
     Args:
         alphas: the LoRAs.
+        doras: `component.name` of those under DoRA.
         tuned: name as written -> delta of PEFT's other tuners.
-        keys: every key of the file.
 
     Raises:
         ConversionError: PEFT has no configuration that says it.
     """
-    loras = {name: delta for deltas in alphas.values() for name, delta in deltas.items()}
+    component, loras = next(iter(alphas.items()), ("", {}))
     if tuned and loras:
         raise ConversionError("PEFT keeps one algebra a file, these are LoRA and others")
     if tuned:
         return written(tuned)
     if not loras:
         return {}
-    dora = any(".lora_magnitude_vector" in key for key in keys)
-    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, "use_dora": dora, **lora_config(loras)}
+    own = _under(doras, component)
+    if own and len(own) < len(loras):
+        rest = ", ".join(name for name in loras if name not in own)
+        raise ConversionError(f"PEFT puts DoRA on all modules or on none; these have no magnitude: {rest}")
+    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(loras, own)}
 
 
 def indexed_metadata(adapter: Adapter, families: Sequence[Family]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .deltas import Delta
+from .deltas import Delta, parts_of
 from .layers.held import held
 from .layers.layer import AdapterLayer
 from .layout import every_module
@@ -98,5 +98,5 @@ def parted(model: nn.Module, path: str, delta: Delta) -> list[tuple[str, Delta]]
     rows = [part.out_features for part in parts]
     if delta.shape is None or delta.shape[0] != sum(rows):
         return [(path, delta)]
-    pieces = delta.split(rows)
-    return [(f"{owner_path}.{part}".lstrip("."), piece) for part, piece in zip(PARTS[name], pieces, strict=True)]
+    paths = [f"{owner_path}.{part}".lstrip(".") for part in PARTS[name]]
+    return list(parts_of(delta, dict(zip(paths, rows, strict=True))).items())

@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .deltas import Delta, GainDelta, InputBoftDelta, InputOftDelta, LohaDelta, LokrDelta
+from .deltas import Delta, DoraDelta, GainDelta, InputBoftDelta, InputOftDelta, LohaDelta, LokrDelta, LoraDelta
 from .errors import ConversionError
 
 Config = dict[str, Any]
+CORES = ("hada_t1", "hada_t2", "lokr_t2")
+PEFT_WAYS_OUT = "Write another format (kohya, lycoris, original), or make a LoRA of it first: --as lora --rank N."
 Named = Mapping[str, Delta]
 
 
@@ -31,9 +34,11 @@ def configured(delta: Delta, config: Mapping[str, Any], path: str) -> Delta:
     tuner = config.get("peft_type")
     if isinstance(delta, LohaDelta | LokrDelta) and tuner in ("LOHA", "LOKR"):
         alpha = by_path(config, "alpha_pattern", path, "alpha")
-        if isinstance(delta, LokrDelta) and delta.rank is None:
-            return replace(delta, whole_scaling=alpha / by_path(config, "rank_pattern", path, "r"))
-        return replace(delta, alpha=alpha)
+        if isinstance(delta, LokrDelta):
+            delta = replace(delta, peft_conv1d=delta.lokr_w2 is not None and delta.lokr_w2.ndim == 3)
+            if delta.rank is None:
+                return replace(delta, whole_scaling=alpha / by_path(config, "rank_pattern", path, "r"))
+        return replace(delta, alpha=alpha) if alpha else unscaled(delta)
     if isinstance(delta, InputOftDelta) and tuner == "OFT":
         return replace(
             delta,
@@ -44,6 +49,12 @@ def configured(delta: Delta, config: Mapping[str, Any], path: str) -> Delta:
     if isinstance(delta, GainDelta) and tuner == "IA3":
         return replace(delta, on_input=_is_feedforward(config.get("feedforward_modules") or (), path))
     return delta
+
+
+def unscaled(delta: Any) -> Any:
+    """No change, which is what PEFT makes of an alpha of 0; elsewhere 0 means the rank."""
+    zeros = {name: tensor.new_zeros(tensor.shape) for name, tensor in delta.tensors().items() if name != "bias"}
+    return delta.with_tensors(zeros)
 
 
 def _is_feedforward(modules: str | Sequence[str], path: str) -> bool:
@@ -62,6 +73,11 @@ def plain(delta: Delta) -> Delta:
         raise ConversionError(
             "the format has no words for PEFT's OFT: its series, its constraint and the sense of a convolution's "
             "rotation stand in PEFT's configuration alone"
+        )
+    if isinstance(delta, LokrDelta) and delta.peft_conv1d:
+        raise ConversionError(
+            "the format has no words for PEFT's LoKr of a Conv1d, whose whole w2 is lined up in a way of its own",
+            mend="Make a LoRA of it first: --as lora --rank N.",
         )
     if isinstance(delta, LokrDelta) and delta.rank is None and delta.whole_scaling != 1:
         assert delta.lokr_w2 is not None
@@ -91,8 +107,36 @@ def written(deltas: Named) -> Config:
     write = WRITERS.get(next(iter(kinds)))
     if write is None:
         raise ConversionError(f"PEFT has no {next(iter(kinds.values()))}")
+    misread = [p for p, d in deltas.items() if isinstance(d, LokrDelta) and not d.peft_conv1d and _lacks_kernel(d)]
+    if misread:
+        raise ConversionError(
+            f"PEFT lines up a Conv1d's whole LoKr w2 in a way of its own: {', '.join(misread)}", mend=PEFT_WAYS_OUT
+        )
     common: Config = {"task_type": None, "inference_mode": True, "target_modules": sorted(deltas)}
     return common | write(deltas)
+
+
+def _lacks_kernel(delta: LokrDelta) -> bool:
+    return delta.lokr_w2 is not None and delta.lokr_w2.ndim == 3
+
+
+def unreadable(delta: Delta) -> str | None:
+    """Why PEFT would read this change wrongly or not at all, though all of it has names there; None for most."""
+    inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    if isinstance(delta, DoraDelta) and not isinstance(inner, LoraDelta):
+        return f"PEFT leaves out the DoRA magnitude of a {inner.kind}"
+    if inner.bias is not None:
+        return "PEFT leaves out the change of a bias (diff_b)"
+    if isinstance(inner, LoraDelta) and inner.mid is not None:
+        return "PEFT's LoRA has no Tucker core (lora_mid)"
+    if isinstance(delta, DoraDelta) and isinstance(inner, LoraDelta) and inner.up_bias is not None:
+        return "PEFT refuses lora_bias beside DoRA"
+    return None
+
+
+def for_peft(name: str, tensor: Tensor) -> Tensor:
+    """A Tucker core as PEFT holds it: a Conv1d's has one more axis, for its own sake."""
+    return tensor.unsqueeze(-1) if name in CORES and tensor.ndim == 3 else tensor
 
 
 def _loha(deltas: Named) -> Config:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .deltas import Delta, LoraDelta
+from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
 from .layers.kinds import PARAMETER, Kind, kind_of
 from .layout import ModelLayout, base_of
+from .siblings import on_model
 from .widening import hinders_widening
 
 
@@ -144,6 +145,10 @@ def plan_adapter(
                 unmatched[label] = "no such module"
             continue
         true_path, module = found
+        delta, problem = on_model(delta, component, layout)
+        if problem is not None:
+            problems.append(f"{component}.{true_path}: {problem}")
+            continue
         binding, problem = _bind(component, true_path, module, delta, path in widens, may_widen)
         if problem is not None:
             problems.append(f"{component}.{true_path}: {problem}")
@@ -197,6 +202,8 @@ def _bind(
     for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
         if bias.shape != own[:1]:
             return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"
+    if (problem := _hinders_norms(delta, own)) is not None:
+        return None, problem
     if kind is PARAMETER and (problem := _hinders_parameter(base, delta)):
         return None, problem
     if shape is None or kind is PARAMETER:
@@ -220,6 +227,17 @@ def _bind(
                 "load it with FluxControlPipeline"
             )
     return None, f"the adapter is for a weight of shape {shape}, the module has {own}"
+
+
+def _hinders_norms(delta: Delta, own: tuple[int, ...]) -> str | None:
+    """Why DoRA's magnitude is none of this module's."""
+    dora = delta.inner if isinstance(delta, RowsDelta) else delta
+    if not isinstance(dora, DoraDelta):
+        return None
+    side, wanted = ("inputs", own[1]) if dora.per_input and len(own) > 1 else ("outputs", next(iter(own), 1))
+    if dora.magnitude.numel() == wanted:
+        return None
+    return f"its DoRA magnitude has the shape {tuple(dora.magnitude.shape)}, the module {wanted} {side}"
 
 
 def _hinders_parameter(base: nn.Module, delta: Delta) -> str | None:

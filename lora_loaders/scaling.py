@@ -9,7 +9,7 @@ from typing import Any
 
 from .deltas import Delta, DoraDelta, LoraDelta
 from .errors import UNTOUCHED, MalformedAdapterError
-from .peft_types import by_path, configured
+from .peft_types import by_path, configured, unscaled
 
 METADATA_KEY = "lora_adapter_metadata"
 OPTIONAL_LEVEL = "text_model."
@@ -48,7 +48,7 @@ class Scalings:
             return delta if config is None else configured(delta, config, path)
         if config is not None and config.get("lora_alpha") is not None:
             alpha = by_path(config, "alpha_pattern", path, "lora_alpha")
-            return replace(delta, alpha=alpha, rslora=bool(config.get("use_rslora")))
+            return replace(delta, alpha=alpha, rslora=bool(config.get("use_rslora"))) if alpha else unscaled(delta)
         if self.kohya is not None and self.kohya[0] == delta.rank:
             return replace(delta, alpha=self.kohya[1])
         return delta
@@ -97,8 +97,8 @@ def _kohya(metadata: Mapping[str, str]) -> tuple[float, float] | None:
         return None  # "Dynamic" and "None" are written by resizing tools
 
 
-def lora_config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:
-    """PEFT's LoraConfig fields that say these ranks and alphas."""
+def lora_config(loras: Mapping[str, LoraDelta], doras: Collection[str]) -> dict[str, Any]:
+    """PEFT's LoraConfig fields that say these ranks and alphas, and that some are under DoRA."""
     rslora = all(delta.rslora and delta.alpha for delta in loras.values())
     alphas = {name: (d.alpha or 0.0) if rslora else plain_alpha(d) or float(d.rank) for name, d in loras.items()}
     rank, _ = Counter(delta.rank for delta in loras.values()).most_common(1)[0]
@@ -110,6 +110,7 @@ def lora_config(loras: Mapping[str, LoraDelta]) -> dict[str, Any]:
         "alpha_pattern": {_pattern(name): _whole(own) for name, own in alphas.items() if own != alpha},
         "target_modules": sorted(name.removeprefix(OPTIONAL_LEVEL) for name in loras),
         "use_rslora": rslora,
+        "use_dora": bool(doras),
         "lora_bias": any(delta.up_bias is not None for delta in loras.values()),
     }
 

@@ -22,8 +22,10 @@ from .formats import Format, format_named
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .peft_types import plain
+from .peft_types import PEFT_WAYS_OUT, for_peft, plain, unreadable
 from .scaling import plain_alpha
+
+MEND = "Choose another format, or write in float32 where rounding is the reason."
 
 
 @dataclass
@@ -35,9 +37,18 @@ class _Writing:
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta]] = field(default_factory=dict[str, dict[str, LoraDelta]])
     """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
+    doras: set[str] = field(default_factory=set[str])
+    """Those of them, as `component.name`, that are under DoRA."""
     tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     problems: list[str] = field(default_factory=list[str])
+    mends: list[str] = field(default_factory=list[str])
+
+    def refuse(self, error: ConversionError, where: str = "") -> None:
+        """Note what cannot be said, and the way out that the error knows."""
+        self.problems.append(f"{where}: {error.what}" if where else error.what)
+        if error.mend and error.mend not in self.mends:
+            self.mends.append(error.mend)
 
 
 def to_tensors(
@@ -76,18 +87,18 @@ def to_tensors(
         writing.tensors[token] = vector
     config: dict[str, Any] = {}
     try:
-        config = peft_config(writing.alphas, writing.tuned, writing.tensors)
+        config = peft_config(writing.alphas, writing.doras, writing.tuned)
     except ConversionError as error:
-        writing.problems.append(error.what)
+        writing.refuse(error)
     if writing.problems:
         raise ConversionError(
             f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
             f"{len(writing.problems)} places",
             problems=writing.problems,
-            mend="Choose another format, or write in float32 where rounding is the reason.",
+            mend=" ".join(writing.mends) or MEND,
             state="Nothing was written.",
         )
-    return writing.tensors, metadata_of(adapter, form, writing.alphas), config
+    return writing.tensors, metadata_of(adapter, form, writing.alphas, writing.doras), config
 
 
 def write_adapter(
@@ -221,7 +232,7 @@ def _joined(
             swapped = swap == "all" or (swap == "last" and _ends(resolved, deltas, writing.family))
             named.append((source, delta.swap_halves() if swapped else delta))
         except ConversionError as error:
-            writing.problems.append(f"{component}.{source}: {error.what}")
+            writing.refuse(error, f"{component}.{source}")
     return named
 
 
@@ -278,7 +289,15 @@ def _indexed(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> 
 def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: _Writing) -> None:
     form = writing.form
     where = f"{component}.{name}"
-    inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    if form.name == "peft" and (reason := unreadable(delta)) is not None:
+        writing.refuse(ConversionError(reason, mend=PEFT_WAYS_OUT), where)
+        return
+    try:
+        inner = _spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
+        slots = {**inner.slots(), **_magnitude(delta, form)}
+    except ConversionError as error:
+        writing.refuse(error, where)
+        return
     unknown = {kind for kind in (delta.kind, inner.kind) if kind not in form.algebras}
     if unknown:
         writing.problems.append(f"{where}: the format has no words for {', '.join(sorted(unknown))}")
@@ -286,12 +305,6 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     if isinstance(delta, DoraDelta) and delta.per_input and form.magnitude == "out":
         writing.problems.append(f"{where}: the format keeps DoRA magnitudes per output, this one is per input")
         return
-    try:
-        inner = _spelled(inner, form)
-    except ConversionError as error:
-        writing.problems.append(f"{where}: {error.what}")
-        return
-    slots = {**inner.slots(), **_magnitude(delta, form)}
     if "diff_m" in slots:
         name, slots = _modulation(name, slots)
     written = flatten_name(name) if form.flat else name
@@ -300,10 +313,12 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         if suffix is None:
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
-        writing.tensors[f"{prefix}{written}{suffix}"] = tensor
+        writing.tensors[f"{prefix}{written}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
     alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta):
         writing.alphas.setdefault(component, {})[name] = inner
+        if isinstance(delta, DoraDelta):
+            writing.doras.add(f"{component}.{name}")
     elif form.name == "peft":
         writing.tuned[name] = inner
     elif form.alpha != "folded" and alpha is not None:

@@ -39,7 +39,8 @@ BELOW: dict[str, set[str]] = {
     # A live model's names are flattened by the same rule as those of a file.
     "layout": LIVE,
     "widening": LIVE | {"layout"},
-    "plans": LIVE | {"layout", "widening", "joining"},
+    "siblings": LIVE | {"layout"},
+    "plans": LIVE | {"layout", "widening", "joining", "siblings"},
     "joining": LIVE | {"layout"},
     "offloading": LIVE | {"layout"},
     "gates": LIVE | {"layout", "offloading"},

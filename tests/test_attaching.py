@@ -17,6 +17,7 @@ from lora_loaders import attaching, widening
 from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import apply, detach_adapters
 from lora_loaders.deltas import build
+from lora_loaders.errors import MalformedAdapterError
 from lora_loaders.layers.banks import Bank
 from lora_loaders.layers.layer import AdapterLayer
 from lora_loaders.layout import ModelLayout, adapter_layers, named_bases
@@ -456,3 +457,16 @@ def test_a_copy_of_an_adapted_model_is_independent(pipe: Any, made: Made) -> Non
     assert adapter_layers(twin) == []
     assert list(twin._forward_pre_hooks.values()) == hooks
     assert before.differences(photograph(pipe)) == []
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (5,), (1, 1), (1, 5)])
+def test_a_dora_magnitude_of_another_size_is_a_problem_of_the_plan(shape: tuple[int, ...]) -> None:
+    model = nn.ModuleDict({"it": nn.Linear(16, 32)})
+    slots = {"down": torch.randn(2, 16), "up": torch.randn(32, 2), "magnitude": torch.rand(shape)}
+    plan = plan_adapter({"m": model}, Adapter({"m": {"it": build(slots, 1.0)}}))
+    assert [str(shape) in problem for problem in plan.problems] == [True]
+
+
+def test_a_factor_of_six_axes_is_malformed() -> None:
+    with pytest.raises(MalformedAdapterError, match="do not multiply"):
+        build({"down": torch.randn(2, 16, 1, 1, 1, 1), "up": torch.randn(32, 2)}, 1.0)

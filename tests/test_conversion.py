@@ -11,8 +11,15 @@ from spelled_files import ALPHA, SPELLINGS, H, flux_kohya, peft_config
 from test_files import assert_says_all_four
 
 from lora_loaders.conversion import parse, read_adapter, with_live_names
-from lora_loaders.errors import AdapterFileError, MalformedAdapterError, UnknownFamilyError, UnknownFormatError
+from lora_loaders.errors import (
+    AdapterFileError,
+    ConversionError,
+    MalformedAdapterError,
+    UnknownFamilyError,
+    UnknownFormatError,
+)
 from lora_loaders.files import Contents
+from lora_loaders.writing import to_tensors
 
 
 @pytest.fixture(params=SPELLINGS)
@@ -228,13 +235,23 @@ def test_magnitude_per_output_is_cut_with_the_rows_of_a_fused_module() -> None:
         torch.testing.assert_close(deltas[path.removeprefix("transformer.")].delta_weight(rows), part)
 
 
-def test_magnitude_per_input_of_a_fused_module_is_refused() -> None:
+def test_magnitude_per_input_of_a_fused_module_is_read_and_written_back() -> None:
     file = RandomFile("flux1")
     file.lora("lora_unet_double_blocks_0_img_attn_qkv", "", 3 * H, H)
     file.tensors["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] = file.randn(1, H)
-    with pytest.raises(MalformedAdapterError, match="per input column") as caught:
+    adapter = file.read()
+    assert len(adapter.deltas["transformer"]) == 3
+    written, _, _ = to_tensors(adapter, "kohya")
+    assert written.keys() - {"lora_unet_double_blocks_0_img_attn_qkv.alpha"} == file.tensors.keys()
+    assert all(torch.equal(tensor, written[key]) for key, tensor in file.tensors.items())
+
+
+def test_a_change_that_cannot_be_cut_is_not_called_damage() -> None:
+    file = RandomFile("flux1")
+    file.tensors["lora_unet_double_blocks_0_img_attn_qkv.ia3_l"] = file.randn(1, 3 * H, 1, 1)
+    with pytest.raises(ConversionError, match="inputs or of outputs") as caught:
         file.read()
-    assert_says_all_four(caught.value, "double_blocks_0_img_attn_qkv")
+    assert "damaged" not in str(caught.value)
 
 
 # Damaged and contradictory files.

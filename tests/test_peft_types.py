@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import flux
 from torch import Tensor, nn
 
 import lora_loaders as ll
 from lora_loaders import fusing
+from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import apply
 from lora_loaders.deltas import InputBoftDelta, LokrDelta, build
 from lora_loaders.errors import ConversionError
@@ -167,3 +169,113 @@ def test_a_bad_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": "many", "alpha": 1}), "utf-8")
     with pytest.raises(ll.MalformedAdapterError, match="many"):
         ll.read_adapter(tmp_path)
+
+
+def adapter_of(slots: dict[str, Tensor], alpha: float | None = 2.0) -> Adapter:
+    return Adapter({"transformer": {"layer": build(slots, alpha)}})
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64) * 0.3
+
+
+def misread(case: str) -> dict[str, Tensor]:
+    lora = {"down": randn(2, 16), "up": randn(24, 2)}
+    loha = {f"hada_w{n}_{side}": randn(*((24, 2) if side == "a" else (2, 16))) for n in (1, 2) for side in "ab"}
+    lokr = {"lokr_w1": randn(4, 4), "lokr_w2": randn(6, 4)}
+    return {
+        "dora over loha": {**loha, "magnitude": randn(24, 1)},
+        "dora over lokr": {**lokr, "magnitude": randn(24, 1)},
+        "lora and diff_b": {**lora, "bias": randn(24)},
+        "loha and diff_b": {**loha, "bias": randn(24)},
+        "tucker core": {"down": randn(2, 16, 1, 1), "mid": randn(2, 2, 3, 3), "up": randn(24, 2, 1, 1)},
+        "dora and lora_bias": {**lora, "up_bias": randn(24), "magnitude": randn(24, 1)},
+        "lokr of a conv1d": {"lokr_w1": randn(4, 4), "lokr_w2": randn(6, 4, 3)},
+    }[case]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dora over loha",
+        "dora over lokr",
+        "lora and diff_b",
+        "loha and diff_b",
+        "tucker core",
+        "dora and lora_bias",
+        "lokr of a conv1d",
+    ],
+)
+def test_what_peft_would_read_wrongly_is_refused_with_the_way_out(case: str) -> None:
+    with pytest.raises(ConversionError, match="layer") as caught:
+        to_tensors(adapter_of(misread(case)), "peft")
+    assert "--as lora --rank" in str(caught.value)
+
+
+def test_dora_on_some_modules_only_is_refused_by_peft() -> None:
+    lora = {"down": randn(2, 16), "up": randn(24, 2)}
+    deltas = {"one": build({**lora, "magnitude": randn(24, 1)}, 2.0), "other": build(lora, 2.0)}
+    with pytest.raises(ConversionError, match="other"):
+        to_tensors(Adapter({"transformer": deltas}), "peft")
+
+
+class Conv1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(16, 24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("LoKrConfig", {"r": 12, "alpha": 3, "decompose_factor": 4}),
+        ("LoHaConfig", {"r": 2, "alpha": 3, "use_effective_conv2d": True}),
+        ("LoraConfig", {"r": 2, "lora_alpha": 0}),
+        ("LoHaConfig", {"r": 2, "alpha": 0}),
+        ("LoKrConfig", {"r": 1, "alpha": 0, "decompose_factor": 4}),
+    ],
+    ids=str,
+)
+def test_a_conv1d_and_an_alpha_of_0_mean_what_peft_makes_of_them(
+    config: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="reads and writes PEFT's own folders")
+    torch.manual_seed(0)
+    plain = Conv1d().double()
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(plain), getattr(peft, config)(target_modules=["layer"], **options), autocast_adapter_dtype=False
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "base_layer" not in name:
+            parameter.data = randn(*parameter.shape)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    wanted = wrapped.merge_and_unload().layer.weight.detach() - plain.layer.weight.detach()
+    (binding,) = plan(plain, tmp_path / "theirs").bindings
+    torch.testing.assert_close(binding.delta.delta_weight(plain.layer.weight.detach()), wanted)
+    adapter = Adapter({"transformer": {"layer": binding.delta}})
+    ll.write_adapter(adapter, tmp_path / "ours", "peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "ours"), autocast_adapter_dtype=False)
+    torch.testing.assert_close(again.merge_and_unload().layer.weight - plain.layer.weight, wanted)
+
+
+@pytest.mark.parity
+def test_diffusers_keeps_the_magnitudes_of_a_dora_with_alphas_in_the_header(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="diffusers loads through it")
+    torch.manual_seed(0)
+    path = "transformer_blocks.0.attn.to_q"
+    theirs = flux()
+    weight = theirs.get_submodule(path).weight.detach().double()
+    slots = {"down": randn(2, 32), "up": randn(32, 2), "magnitude": randn(32, 1).abs() + 0.5}
+    delta = build(slots, 4.0)
+    adapter = Adapter({"transformer": {path: delta}}, family="flux1")
+    written = ll.write_adapter(adapter.to(dtype=torch.float32), tmp_path / "a.safetensors", "diffusers")
+    theirs.load_lora_adapter(str(tmp_path), weight_name=written.name, prefix="transformer")
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        out = theirs.get_submodule(path)(x) - theirs.get_submodule(path).base_layer.bias
+    wanted = x.double() @ (weight + delta.delta_weight(weight)).T
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)

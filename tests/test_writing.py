@@ -487,3 +487,16 @@ def test_convert_refuses_a_file_with_unknown_modules_and_writes_nothing(tmp_path
 def test_unknown_format_lists_those_there_are() -> None:
     with pytest.raises(UnknownFormatError, match="There are peft, diffusers"):
         to_tensors(flux_kohya().read(), "kohia")
+
+
+@pytest.mark.parametrize("target", ["kohya", "original", "lycoris", "onetrainer"])
+def test_a_sparse_remainder_is_written_back(target: str) -> None:
+    file = RandomFile("flux1")
+    file.lora("lora_unet_img_in", "transformer.x_embedder", H, H)
+    places, values = torch.tensor([[0, H - 1], [1, 2]]), file.randn(2)
+    sparse = {"bias_indices": places, "bias_values": values, "bias_size": torch.tensor([H, H])}
+    file.tensors |= {f"lora_unet_img_in.{name}": tensor for name, tensor in sparse.items()}
+    wanted = file.expected["transformer.x_embedder"].clone()
+    wanted[places[0], places[1]] += values
+    change = through(file.read(), target).deltas["transformer"]["x_embedder"].delta_weight()
+    torch.testing.assert_close(change, wanted.to(change))

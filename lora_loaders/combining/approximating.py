@@ -17,6 +17,8 @@ from .goals import Goal
 from .provenance import with_history
 from .truncating import Pair, of_matrix, of_product, split_size
 
+NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
+
 
 class Fit(NamedTuple):
     """How well one module's change is said: the new rank, ‖ΔW‖, and ‖ΔW − ΔW'‖ / ‖ΔW‖ of what is stored."""
@@ -70,7 +72,13 @@ def with_record(
     return replace(adapter, metadata=with_history(adapter.metadata, action, sources, facts))
 
 
-def as_lora(delta: Delta, goal: Goal, base_weight: Tensor | None = None, dtype: torch.dtype | None = None) -> Fitted:
+def as_lora(
+    delta: Delta,
+    goal: Goal,
+    base_weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    base_bias: Tensor | None = None,
+) -> Fitted:
     """The nearest LoRA.
 
     Low-rank deltas go through their factors, so that ΔW is not built. A LoRA keeps its scaling, others get one of 1; a
@@ -81,6 +89,7 @@ def as_lora(delta: Delta, goal: Goal, base_weight: Tensor | None = None, dtype: 
         goal: the rank; a goal that keeps all gives the algebra's own rank.
         base_weight: needed where ΔW depends on it; it also tells the kernel that some files flatten.
         dtype: of the result; the delta's own if None.
+        base_bias: needed where gains of the outputs change it.
 
     Raises:
         ConversionError: ΔW depends on a base weight that was not given, or has no rank and the goal names none.
@@ -93,16 +102,21 @@ def as_lora(delta: Delta, goal: Goal, base_weight: Tensor | None = None, dtype: 
     if isinstance(delta, LoraDelta) and product is not None and goal.keeps_all:
         return Fitted(delta.map_tensors(lambda tensor: tensor.to(dtype)), Fit(delta.rank, _norm(product), 0.0))
     if product is not None:
-        made = lora_of(of_product(*product, goal), delta, shape, dtype)
+        made = lora_of(of_product(*product, goal), delta, shape, dtype, base_bias)
         return Fitted(made, fit_of_product(product, made))
     if goal.keeps_all:
-        raise ConversionError(f"{delta.kind} has no rank of its own: give a rank, an energy or an error")
+        raise ConversionError(f"{delta.kind} has no rank of its own", mend="Give rank=…, energy=… or error=….")
     change = delta.delta_weight(base_weight).reshape(shape)
-    made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype)
+    made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype, base_bias)
     return Fitted(made, fit_of(change, made))
 
 
-def as_full(delta: Delta, base_weight: Tensor | None = None, dtype: torch.dtype | None = None) -> Fitted:
+def as_full(
+    delta: Delta,
+    base_weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    base_bias: Tensor | None = None,
+) -> Fitted:
     """The change itself, ΔW, in this dtype (the delta's own if None).
 
     Raises:
@@ -112,7 +126,7 @@ def as_full(delta: Delta, base_weight: Tensor | None = None, dtype: torch.dtype 
     if shape is None or len(shape) < 2:
         return _unchanged(delta, dtype)
     change = delta.delta_weight(base_weight).reshape(shape)
-    bias = delta.delta_bias()
+    bias = delta.delta_bias(base_bias)
     made = FullDelta(diff=change.to(dtype), bias=None if bias is None else bias.to(dtype))
     return Fitted(made, fit_of(change, made))
 
@@ -171,7 +185,7 @@ def shape_of(delta: Delta, base_weight: Tensor | None) -> tuple[int, ...] | None
     if base_weight is not None:
         return tuple(base_weight.shape)
     if delta.needs_base:
-        raise ConversionError(f"{delta.kind}: ΔW depends on the weight it is added to")
+        raise ConversionError(f"{delta.kind}: ΔW depends on the weight it is added to", mend=NEEDS_WEIGHTS)
     return delta.shape
 
 
@@ -202,7 +216,9 @@ def fit_of_product(product: Pair, made: LoraDelta) -> Fit:
     return Fit(made.rank, norm, _norm(lost) / norm if norm else 0.0)
 
 
-def lora_of(pair: Pair, like: Delta, shape: tuple[int, ...], dtype: torch.dtype) -> LoraDelta:
+def lora_of(
+    pair: Pair, like: Delta, shape: tuple[int, ...], dtype: torch.dtype, base_bias: Tensor | None = None
+) -> LoraDelta:
     """A LoRA of these factors with the scaling, the biases and the spelling of `like`."""
     rank, kernel = pair.up.shape[1], shape[2:]
     own = like if isinstance(like, LoraDelta) else None
@@ -217,5 +233,5 @@ def lora_of(pair: Pair, like: Delta, shape: tuple[int, ...], dtype: torch.dtype)
     if own is not None:
         alpha = None if not own.alpha else scaling * (math.sqrt(rank) if own.rslora else rank)
         return replace(own.map_tensors(lambda tensor: tensor.to(dtype)), **tensors, mid=None, alpha=alpha)
-    bias = like.delta_bias()
+    bias = like.delta_bias(base_bias)
     return LoraDelta(**tensors, alpha=float(rank), bias=None if bias is None else bias.to(dtype))

@@ -1,9 +1,10 @@
 """A whole adapter in another algebra or of another rank, with the error of every module."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from torch import Tensor
 from lora_loaders.adapter import Adapter
 from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source, read_adapter
-from lora_loaders.deltas import Delta, FullDelta
+from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta
 from lora_loaders.errors import ConversionError
 from lora_loaders.lazy import FileTensor, form_of
+from lora_loaders.siblings import on_weights
 
-from .approximating import Approximation, Fit, Fitted, as_full, as_lora, with_record
+from .approximating import NEEDS_WEIGHTS, Approximation, Fit, Fitted, as_full, as_lora, with_record
 from .goals import Goal
 
-NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
+KERNELS = re.compile(r"(^|\.)(conv(\d|_in|_out|_depth)?|patch_embedding)$")
+"""Names of the modules that have a kernel larger than 1 in every family; `conv_shortcut` has none."""
 Tick = Callable[[str], None]
 
 
@@ -59,8 +62,8 @@ def resize(
     goal = Goal(rank, energy, error, conv_rank)
     settings = {name: value for name, value in asdict(goal).items() if value is not None}
 
-    def change(delta: Delta, base_weight: Tensor | None) -> Fitted:
-        return as_lora(delta, goal, base_weight, dtype)
+    def change(delta: Delta, base: Base) -> Fitted:
+        return as_lora(delta, goal, base.weight, dtype, base.bias)
 
     return _changed(source, change, "resize", settings, model, family, device, on_module)
 
@@ -81,8 +84,8 @@ def to_full(
         ConversionError: ΔW depends on base weights, and none were given.
     """
 
-    def change(delta: Delta, base_weight: Tensor | None) -> Fitted:
-        return as_full(delta, base_weight, dtype)
+    def change(delta: Delta, base: Base) -> Fitted:
+        return as_full(delta, base.weight, dtype, base.bias)
 
     return _changed(source, change, "to full", {}, model, family, device, on_module)
 
@@ -127,17 +130,39 @@ def computed_again(made: Delta, compute: Callable[[], Delta]) -> Delta:
     return replace(made, diff=FileTensor.computed(form_of(made.diff.shape, made.diff.dtype), diff), bias=bias)
 
 
-def base_weight_at(
-    checkpoint: Checkpoint | None, component: str, path: str, device: torch.device | str | None = None
-) -> Tensor | None:
-    """The base weight of a module, None if it is not known."""
+class Base(NamedTuple):
+    """Weight and bias of a module, each None where it is not known."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def base_at(checkpoint: Checkpoint | None, component: str, path: str, device: torch.device | str | None = None) -> Base:
+    """What a module has of its own."""
     parts = None if checkpoint is None else checkpoint.parts(component, path)
-    return None if parts is None or parts.diff is None else read_at(parts.diff, device)
+    tensors = (None, None) if parts is None else (parts.diff, parts.bias)
+    return Base(*(None if tensor is None else read_at(tensor, device) for tensor in tensors))
+
+
+def sound(delta: Delta) -> Delta:
+    """The delta, if all of its numbers are.
+
+    Raises:
+        ConversionError: some are NaN or infinite, from which nothing can be computed.
+    """
+    bad = [name for name, t in delta.tensors().items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise ConversionError(
+            f"NaN or infinity in {', '.join(bad)}",
+            mend="The source is damaged where it holds them itself; else its numbers are too large for this dtype: "
+            "choose dtype=torch.float32 or bfloat16.",
+        )
+    return delta
 
 
 def _changed(
     source: Source,
-    change: Callable[[Delta, Tensor | None], Fitted],
+    change: Callable[[Delta, Base], Fitted],
     action: str,
     settings: Mapping[str, Any],
     model: Weights | None,
@@ -150,6 +175,7 @@ def _changed(
     deltas: dict[str, dict[str, Delta]] = {}
     fits: dict[str, Fit] = {}
     problems: list[str] = []
+    mends: dict[str, None] = {}
     for component, path, delta in adapter.modules():
         place = f"{component}.{path}"
         try:
@@ -158,15 +184,14 @@ def _changed(
             deltas.setdefault(component, {})[path] = computed_again(made, lambda again=compute: again().delta)
         except ConversionError as error:
             problems.append(f"{place}: {error.what}")
+            mends[error.mend] = None
         if on_module is not None:
             on_module(place)
     if problems:
         raise ConversionError(
             f"{adapter.source} ({adapter.describe()}): {len(problems)} modules cannot be changed so",
             problems=problems,
-            mend=NEEDS_WEIGHTS
-            if any("depends" in problem for problem in problems)
-            else "Give rank=…, energy=… or error=….",
+            mend=" ".join(filter(None, mends)),
             state="Nothing was written.",
         )
     made_adapter = with_record(replace(adapter, deltas=deltas), fits, action, [adapter.source], settings)
@@ -174,11 +199,28 @@ def _changed(
 
 
 def _made(
-    change: Callable[[Delta, Tensor | None], Fitted],
+    change: Callable[[Delta, Base], Fitted],
     checkpoint: Checkpoint | None,
     component: str,
     path: str,
     delta: Delta,
     device: torch.device | str | None,
 ) -> Fitted:
-    return change(at_hand(delta, device), base_weight_at(checkpoint, component, path, device))
+    def weight(of: str) -> Tensor | None:
+        return base_at(checkpoint, component, of, device).weight
+
+    own = sound(at_hand(delta, device))
+    if checkpoint is None and _may_be_flat(own, path):
+        raise ConversionError(
+            "the file flattens the kernel of this convolution, whose size is needed", mend=NEEDS_WEIGHTS
+        )
+    base = base_at(checkpoint, component, path, device)
+    made = change(own if checkpoint is None else on_weights(own, weight), base)
+    sound(made.delta)
+    return made
+
+
+def _may_be_flat(delta: Delta, path: str) -> bool:
+    """Whether LyCORIS's flattened kernel is likely: the tensors do not tell it from a linear layer, names do."""
+    inner: Delta = getattr(delta, "inner", delta)
+    return isinstance(inner, LohaDelta | LokrDelta) and len(inner.shape) == 2 and KERNELS.search(path) is not None

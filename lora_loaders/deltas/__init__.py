@@ -8,6 +8,7 @@ from lora_loaders.errors import MalformedAdapterError
 
 from .base import Delta as Delta
 from .base import Factors as Factors
+from .base import Kron as Kron
 from .boft import InputBoftDelta as InputBoftDelta
 from .dora import DoraDelta as DoraDelta
 from .full import FullDelta as FullDelta
@@ -21,6 +22,7 @@ from .lora import LoraDelta as LoraDelta
 from .oft import InputOftDelta as InputOftDelta
 from .oft import OftDelta as OftDelta
 from .rows import RowsDelta as RowsDelta
+from .rows import parts_of as parts_of
 from .sparse import SparseDelta as SparseDelta
 
 # Needed slots -> algebra. The first line whose slots are all there is taken; every slot it may use stands beside it.

@@ -42,6 +42,17 @@ class Factors:
         return rank, self.up.shape[0], tuple(columns)
 
 
+@dataclass(frozen=True, eq=False)
+class Kron:
+    """A weight change as a Kronecker product, for a forward through two small products: w1 over blocks, w2 within.
+
+    Shapes: first `[p, q]`, the scaling in it, second `[m, n, *kernel]`, for a weight `[p·m, q·n, *kernel]`.
+    """
+
+    first: Tensor
+    second: Tensor
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Delta(ABC):
     """The change of one module's weight (and bias), as immutable data.
@@ -92,6 +103,10 @@ class Delta(ABC):
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
         """The same change as `Factors`, or None where the algebra has no such form."""
+        return None
+
+    def kron(self, weight_shape: Sequence[int]) -> Kron | None:
+        """The same change of a weight of that shape as `Kron`, or None where the algebra has no such form."""
         return None
 
     def delta_bias(self, base_bias: Tensor | None = None) -> Tensor | None:

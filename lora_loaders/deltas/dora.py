@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lora_loaders.errors import ConversionError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import Delta, Factors, RowMap, Slots, computing
+from .rows import RowsDelta
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,13 +125,15 @@ class DoraDelta(Delta):
         """
         if self.per_input:
             raise ConversionError(
-                "a DoRA magnitude per input column belongs to all rows of a fused module and cannot be cut to a part",
-                mend="Load it onto a model with the fused module, or retrain with the magnitude per output.",
+                "a DoRA magnitude per input column belongs to all rows of a fused module; `rows`, `split` and "
+                "`swap_halves` give its parts"
             )
         return replace(self, inner=self.inner.map_rows(change), magnitude=change(self.magnitude))
 
     def rows(self, start: int, stop: int) -> Delta:
         """See `Delta.rows`."""
+        if self.per_input:
+            return RowsDelta.of(self, [(start, stop)])
         return self.split([start, stop - start, self.out_features - stop])[1]
 
     def swap_halves(self) -> Delta:
@@ -142,7 +145,10 @@ class DoraDelta(Delta):
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         """See `Delta.split`."""
         if self.per_input:
-            self.map_rows(lambda tensor: tensor)
+            return RowsDelta.cut(self, sizes)
+        if self.magnitude.shape[0] != sum(sizes):
+            shape = list(self.magnitude.shape)
+            raise MalformedAdapterError(f"a DoRA magnitude of shape {shape} for {sum(sizes)} outputs")
         magnitudes = self.magnitude.split(list(sizes))
         inners = self.inner.split(sizes)
         return [replace(self, inner=inner, magnitude=part) for inner, part in zip(inners, magnitudes, strict=True)]
@@ -152,7 +158,8 @@ class DoraDelta(Delta):
         """See `Delta.join`."""
         if any(part.per_input for part in parts):
             raise ConversionError(
-                "DoRA magnitudes per input column of separate modules cannot become one fused module's"
+                "DoRA magnitudes per input column of separate modules cannot become one fused module's",
+                mend="Write a format with split names, or make a LoRA of it first (--as lora --rank N).",
             )
         inner = type(parts[0].inner).join([part.inner for part in parts])
         return cls(inner=inner, magnitude=torch.cat([part.magnitude for part in parts]))

@@ -12,11 +12,10 @@ from typing_extensions import Self
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import (
-    Delta,
     Factors,
+    Kron,
     RowMap,
     Slots,
-    check_sizes,
     computing,
     is_cheaper,
     join_biases,
@@ -24,11 +23,11 @@ from .base import (
     view_like,
     whole_units,
 )
-from .rows import RowsDelta
+from .rows import InUnits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LokrDelta(Delta):
+class LokrDelta(InUnits):
     """ΔW = scaling · kron(w1, w2), either factor stored whole or as the product of its `_a` and `_b`.
 
     Shapes, for out = p·m and in = q·n: w1 `[p, q]`, w2 `[m, n, *kernel]`. A convolution's w2_b without a core is
@@ -41,6 +40,8 @@ class LokrDelta(Delta):
         lokr_t2: Tucker core `[rank, rank, *kernel]`; w2_a is then `[rank, m]` and w2_b `[rank, n]`.
         alpha: numerator of the scaling alpha / rank; None and 0 mean 1.
         whole_scaling: scaling of two whole factors, which have no rank: 1 in LyCORIS's files, alpha / r in PEFT's.
+        peft_conv1d: ΔW is PEFT's for a Conv1d with a whole w2. Its `make_kron` lines up w1's axes with the last two of
+            w2 `[m, n, k]`, and the `[m, p·n, q·k]` that this gives is read as `[p·m, q·n, k]`.
     """
 
     kind: ClassVar[str] = "lokr"
@@ -54,6 +55,7 @@ class LokrDelta(Delta):
     lokr_t2: Tensor | None = None
     alpha: float | None = None
     whole_scaling: float = 1.0
+    peft_conv1d: bool = False
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
@@ -98,8 +100,13 @@ class LokrDelta(Delta):
         return factor
 
     @property
-    def _unit(self) -> int:
-        """Rows of w2: output rows that share one row of w1."""
+    def unit(self) -> int:
+        """See `InUnits.unit`: the output rows that share one row of w1."""
+        return self.out_features if self.peft_conv1d else self._second_rows
+
+    @property
+    def _second_rows(self) -> int:
+        """Rows of w2."""
         if self.lokr_w2 is not None:
             return self.lokr_w2.shape[0]
         assert self.lokr_w2_a is not None
@@ -122,7 +129,7 @@ class LokrDelta(Delta):
         assert columns is not None
         assert second is not None
         kernel = second.shape[2:] if self.lokr_t2 is None else self.lokr_t2.shape[2:]
-        return (self._row_factor.shape[0] * self._unit, columns.shape[1] * second.shape[1], *kernel)
+        return (self._row_factor.shape[0] * self._second_rows, columns.shape[1] * second.shape[1], *kernel)
 
     def fits(self, weight_shape: Sequence[int]) -> bool:
         """See `Delta.fits`; a flattened kernel fits any kernel of that size."""
@@ -151,23 +158,40 @@ class LokrDelta(Delta):
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
         """kron(a b, c d) = kron(a, c) @ kron(b, d), or None where that costs more than the whole weight."""
+        if self.peft_conv1d:
+            return None
         (left1, right1), (left2, right2) = self._first(), self._second()
         if not is_cheaper(right1.shape[0] * right2.shape[0], self.shape):
             return None
         kernel = self.shape[1:] if base_weight is None else base_weight.shape[1:]
         return Factors(_kron(right1, right2).reshape(-1, *kernel), _kron(left1, left2), self.scaling)
 
+    def kron(self, weight_shape: Sequence[int]) -> Kron | None:
+        """See `Delta.kron`."""
+        if self.peft_conv1d:
+            return None
+        first = _product(self.lokr_w1, self._first)
+        second = _product(self.lokr_w2, self._second)
+        columns = weight_shape[1] // first.shape[1]
+        return Kron(first * self.scaling, second.reshape(-1, columns, *weight_shape[2:]))
+
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""
         first = _product(self.lokr_w1, self._first)
+        if self.peft_conv1d:
+            assert self.lokr_w2 is not None
+            whole = torch.kron(first[None], computing(self.lokr_w2).contiguous())
+            return view_like(whole * self.scaling, self.shape, base_weight)
         second = _product(self.lokr_w2, self._second)
         return view_like(_kron(first, second) * self.scaling, self.shape, base_weight)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """See `Delta.weight_rows`; only the blocks that these rows touch are computed."""
-        first, last = start // self._unit, -(-stop // self._unit)
+        if self.peft_conv1d:
+            return super().weight_rows(start, stop)
+        first, last = start // self.unit, -(-stop // self.unit)
         touched = self._take(torch.arange(first, last)).delta_weight()
-        return touched[start - first * self._unit :][: stop - start]
+        return touched[start - first * self.unit :][: stop - start]
 
     def _take(self, blocks: Tensor) -> Self:
         """The delta of the given rows of w1, without its bias."""
@@ -182,31 +206,10 @@ class LokrDelta(Delta):
             ConversionError: the selection cuts through rows that share a row of w1; `rows`, `split` and `swap_halves`
                 give a `RowsDelta` there.
         """
-        blocks = whole_units(change(torch.arange(self.out_features)), self._unit)
+        blocks = whole_units(change(torch.arange(self.out_features)), self.unit)
         if blocks is None:
-            raise ConversionError(f"rows of a LoKr delta can be chosen only in blocks of {self._unit}, the rows of w2")
+            raise ConversionError(f"rows of a LoKr delta can be chosen only in blocks of {self.unit}, the rows of w2")
         return replace(self._take(blocks), bias=None if self.bias is None else change(self.bias))
-
-    def rows(self, start: int, stop: int) -> Delta:
-        """See `Delta.rows`."""
-        if start % self._unit or stop % self._unit:
-            return RowsDelta.of(self, [(start, stop)])
-        return super().rows(start, stop)
-
-    def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """See `Delta.split`; where one cut misses the blocks, all parts become `RowsDelta`, and `join` undoes it."""
-        check_sizes(self.out_features, sizes)
-        if not any(size % self._unit for size in sizes):
-            return super().split(sizes)
-        stops = [sum(sizes[: index + 1]) for index in range(len(sizes))]
-        return [RowsDelta.of(self, [(stop - size, stop)]) for stop, size in zip(stops, sizes, strict=True)]
-
-    def swap_halves(self) -> Delta:
-        """See `Delta.swap_halves`."""
-        if self._row_factor.shape[0] % 2:
-            half = self.out_features // 2
-            return RowsDelta.of(self, [(half, self.out_features), (0, half)])
-        return super().swap_halves()
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "LokrDelta":

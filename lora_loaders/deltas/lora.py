@@ -50,7 +50,7 @@ class LoraDelta(Delta):
         down, up, mid = slots["down"], slots["up"], slots.get("mid")
         # Along the chain down, mid, up each factor's rows meet the next one's columns.
         chain = [factor for factor in (down, mid, up) if factor is not None]
-        flat = any(factor.ndim < 2 for factor in chain)
+        flat = any(not 2 <= factor.ndim <= 5 for factor in chain)  # a Conv3d's weight has five axes
         if flat or any(first.shape[0] != second.shape[1] for first, second in pairwise(chain)):
             raise MalformedAdapterError(
                 f"the factors do not multiply: down is {list(down.shape)}, up is {list(up.shape)}"

@@ -16,10 +16,11 @@ from typing_extensions import Self
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import Delta, RowMap, Slots, computing, join_biases, same, whole_units
+from .rows import InUnits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OftDelta(Delta):
+class OftDelta(InUnits):
     """W' = rescale · Rᵀ W with R = (I + Q)(I − Q)⁻¹ in blocks of output rows and Q = blocks − blocksᵀ.
 
     BOFT multiplies by one R (not transposed) after another; stage i pairs rows that lie 2ⁱ · b / 2 apart, so all its
@@ -70,7 +71,7 @@ class OftDelta(Delta):
         return True
 
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """Consecutive rows that are mixed with one another and with no others."""
         size = self.blocks.shape[-1]
         return size if self.blocks.ndim == 3 else size << (self.blocks.shape[0] - 1)
@@ -119,13 +120,13 @@ class OftDelta(Delta):
         Raises:
             ConversionError: the selection cuts through rows that are rotated together.
         """
-        groups = whole_units(change(torch.arange(self.out_features)), self._unit)
+        groups = whole_units(change(torch.arange(self.out_features)), self.unit)
         if groups is None:
             raise ConversionError(
-                f"rows of an OFT delta can be chosen only in groups of {self._unit}, which are rotated together",
+                f"rows of an OFT delta can be chosen only in groups of {self.unit}, which are rotated together",
                 mend="Load it onto a model with the fused module.",
             )
-        per_group = self._unit // self.blocks.shape[-1]
+        per_group = self.unit // self.blocks.shape[-1]
         chosen = (groups[:, None] * per_group + torch.arange(per_group)).flatten().to(self.blocks.device)
         # The constraint is on all blocks together, so a part takes its share along in its blocks.
         whole = self if chosen.numel() == self.blocks.shape[-3] else self._unconstrained()

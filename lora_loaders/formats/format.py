@@ -7,7 +7,7 @@ from typing import Literal
 from .grammar import Style
 
 ALL_ALGEBRAS = frozenset(
-    {"lora", "full", "set", "dora", "loha", "lokr", "oft", "input-oft", "boft", "glora", "ia3", "sparse-bias", "rows"}
+    {"lora", "full", "set", "dora", "loha", "lokr", "oft", "input-oft", "boft", "glora", "ia3", "sparse"}
 )
 
 

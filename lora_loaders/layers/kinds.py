@@ -30,6 +30,14 @@ class LowRank(Protocol):
         ...
 
 
+class Kronecker(Protocol):
+    """The layer's map for the weight `Σ kron(firstᵢ, secondᵢ)`, which is never built."""
+
+    def __call__(self, base: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Output of the base layer, had it that weight and no bias; first `[t, p, q]`, second `[t, m, n, *kernel]`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of base layer.
@@ -37,6 +45,7 @@ class Kind:
     Attributes:
         op: see `Op`.
         low_rank: see `LowRank`; None where a product of factors brings nothing.
+        kronecker: see `Kronecker`; None where there is no such way.
         channel: dimension of inputs and outputs that runs over the weight's columns and rows; None where there is none,
             so that gains cannot be applied to activations.
     """
@@ -45,6 +54,7 @@ class Kind:
     op: Op
     low_rank: LowRank | None = None
     channel: int | None = None
+    kronecker: Kronecker | None = None
 
 
 def _linear(base: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
@@ -53,6 +63,12 @@ def _linear(base: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
 
 def _linear_low_rank(base: nn.Linear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return F.linear(F.linear(x, down), up)
+
+
+def _linear_kronecker(base: nn.Linear, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    # kron(w1, w2) x = w1 X w2ᵀ, with x's q·n inputs as the rows and columns of X.
+    narrow = F.linear(x.unflatten(-1, (first.shape[2], -1)), second.flatten(0, 1))
+    return torch.einsum("tpq,...qtm->...pm", first, narrow.unflatten(-1, (len(first), -1))).flatten(-2)
 
 
 def _conv(base: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -66,6 +82,17 @@ def _conv_low_rank(base: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     narrow = base._conv_forward(x, down if groups == 1 else down.repeat(groups, *[1] * (down.ndim - 1)), None)
     pointwise = (F.conv1d, F.conv2d, F.conv3d)[down.ndim - 3]
     return pointwise(narrow, up.reshape(*up.shape[:2], *[1] * (down.ndim - 2)), groups=groups)
+
+
+def _conv_kronecker(base: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    # Each of the q blocks of n channels goes through w2 as an image of its own; w1 mixes the blocks.
+    spatial = second.ndim - 3
+    blocks = x.unflatten(-1 - spatial, (first.shape[2], -1))
+    narrow = base._conv_forward(blocks.flatten(0, -2 - spatial), second.flatten(0, 1), None)
+    narrow = narrow.unflatten(1, (len(first), -1)).unflatten(0, blocks.shape[: -1 - spatial])
+    start = narrow.ndim - spatial - 3
+    mixed = torch.einsum("tpq,...qtms->...pms", first, narrow.flatten(start + 3))
+    return mixed.flatten(start, start + 1).unflatten(-1, narrow.shape[start + 3 :])
 
 
 def _embedding(base: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
@@ -96,8 +123,8 @@ def _no_forward(base: Any, x: Tensor, weight: Tensor) -> Tensor:
     raise TypeError("a raw parameter is read by its owner and has no forward of its own")
 
 
-LINEAR = Kind("linear", _linear, _linear_low_rank, channel=-1)
-CONV = Kind("convolution", _conv, _conv_low_rank, channel=1)
+LINEAR = Kind("linear", _linear, _linear_low_rank, channel=-1, kronecker=_linear_kronecker)
+CONV = Kind("convolution", _conv, _conv_low_rank, channel=1, kronecker=_conv_kronecker)
 EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank)
 LAYER_NORM = Kind("norm", _layer_norm, channel=-1)
 GROUP_NORM = Kind("norm", _group_norm, channel=1)

@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_loaders.deltas import Delta, Factors
+from lora_loaders.deltas import Delta, Factors, Kron
 
-from .base_weight import logical_shape, read_weight
+from .base_weight import adapter_dtype, logical_shape, read_weight
+from .contribution import Contribution, Term
 from .held import original_bias
 from .kinds import LINEAR, Kind
 from .peft_names import PeftNames
@@ -21,22 +22,6 @@ from .store import AdapterStore
 
 # A loop inside the interpreter takes a third of one in Python, and each switch and each forward asks every parameter.
 _REQUIRES_GRAD, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
-
-
-class Contribution(NamedTuple):
-    """One adapter's change of a layer, ready to be added."""
-
-    delta: Delta
-    factors: Factors | None
-    """The change as factors in the layer's shapes, None where it has no such form here."""
-    parameters: tuple[nn.Parameter, ...]
-    """Those whose writes torch counts; tensors made in inference mode have no counter."""
-    holders: tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]] | None = None
-    """Where down and up of a plain product are held; None where the change is more than that."""
-
-
-Term = tuple[Factors | None, float, Delta]
-"""One contributing adapter: its factors, if it has any in this layer, its weight, and the change itself."""
 
 
 class AdapterLayer(PeftNames, AdapterStore):
@@ -70,29 +55,23 @@ class AdapterLayer(PeftNames, AdapterStore):
     slot_in_gain: Tensor | None
     slot_out_gain: Tensor | None
     slot_bias: Tensor | None
+    slot_first: Tensor | None
+    slot_second: Tensor | None
     slot_dense: Tensor | None
+    computed: tuple[tuple[str, float], ...]
+    """Adapters, with their weights, whose ΔW is computed in each forward, since keeping it takes too much memory."""
 
-    SLOTS = ("slot_down", "slot_up", "slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
+    SLOTS = (
+        *("slot_down", "slot_up", "slot_in_gain", "slot_out_gain", "slot_bias"),
+        *("slot_first", "slot_second", "slot_dense"),
+    )
 
     def __init__(self, base_layer: nn.Module, kind: Kind, shared: Shared) -> None:
         # Past nn.Module's __setattr__ and register_buffer, which take as long as all the rest of this.
         state = vars(blank(self))
-        state.update(
-            kind=kind,
-            shared=shared,
-            training=base_layer.training,
-            templates={},
-            weights={},
-            dropouts={},
-            active=(),
-            fused=None,
-            narrow_bases=(),
-            _trained=(),
-            _trains=False,
-            _versions=0,
-            _stale=False,
-            _known={},
-        )
+        state.update(kind=kind, shared=shared, training=base_layer.training, templates={}, weights={}, dropouts={})
+        state.update(active=(), fused=None, narrow_bases=(), computed=(), _trained=(), _trains=False, _known={})
+        state.update(_versions=0, _stale=False)
         state["_modules"]["base_layer"] = base_layer
         state["_buffers"].update(dict.fromkeys(self.SLOTS))
         state["_non_persistent_buffers_set"].update(self.SLOTS)
@@ -176,11 +155,11 @@ class AdapterLayer(PeftNames, AdapterStore):
         plain = True
         for name, weight in self.contributing:
             known = self._known.get(name)
-            if known is None or not _is_current(known):
+            if known is None or not known.is_current:
                 known = self._contribution_of(name)
                 plain = plain and known.holders is not None
             parameters += known.parameters
-            terms.append((known.factors, weight, known.delta))
+            terms.append((known.factors, weight, known.delta, name))
         self.note_written(parameters, any(map(_REQUIRES_GRAD, parameters)))
         return terms, plain
 
@@ -194,7 +173,7 @@ class AdapterLayer(PeftNames, AdapterStore):
         """The contributing adapters, if each is known to be a plain product as its parameters stand now."""
         names = [name for name, _ in self.contributing]
         known = [(name, self._known[name]) for name in names if name in self._known]
-        return known if len(known) == len(names) and all(_is_current(one) for _, one in known) else None
+        return known if len(known) == len(names) and all(one.is_current for _, one in known) else None
 
     def _contribution_of(self, name: str) -> Contribution:
         raw = self._raw(name)
@@ -239,6 +218,17 @@ class AdapterLayer(PeftNames, AdapterStore):
             return factors
         return replace(factors, down=factors.down.reshape(-1, *columns))  # files may flatten a kernel
 
+    def kron(self, delta: Delta) -> Kron | None:
+        """A delta as a Kronecker product that this layer can go through, or None."""
+        if self.kind.kronecker is None or getattr(self.base_layer, "groups", 1) > 1:
+            return None
+        return delta.kron(logical_shape(self.base_layer))
+
+    def dense(self, delta: Delta) -> Tensor:
+        """A delta's ΔW in this layer's shape."""
+        base_weight = self.original_weight() if delta.needs_base else None
+        return delta.delta_weight(base_weight).view(logical_shape(self.base_layer))
+
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -263,13 +253,21 @@ class AdapterLayer(PeftNames, AdapterStore):
         if self.slot_bias is not None:
             out = out + self._shaped(scale * self.slot_bias, out)
         if self.slot_dense is not None:
-            dense = self.slot_dense.to(x.device)
-            out = out + scale * self.kind.op(
-                self.base_layer, x.to(dense.dtype) if x.is_floating_point() else x, dense
-            ).to(out.dtype)
+            out = out + scale * self._through(self.slot_dense, x).to(out.dtype)
+        for name, weight in self.computed:
+            dense = self.dense(self.delta(name)).detach().to(adapter_dtype(self.base_layer))
+            out = out + (scale * weight) * self._through(dense, x).to(out.dtype)
+        if self.slot_first is not None and self.slot_second is not None:
+            first, second = self.slot_first.to(x.device), self.slot_second.to(x.device)
+            assert self.kind.kronecker is not None
+            out = out + scale * self.kind.kronecker(self.base_layer, x.to(first.dtype), first, second).to(out.dtype)
         if self.slot_down is not None:
             out = self._add_low_rank(out, x, scale)
         return out
+
+    def _through(self, weight: Tensor, x: Tensor) -> Tensor:
+        weight = weight.to(x.device)
+        return self.kind.op(self.base_layer, x.to(weight.dtype) if x.is_floating_point() else x, weight)
 
     def _scale(self) -> Any:
         return self.shared.scale_to_compile if torch.compiler.is_compiling() else self.shared.scale
@@ -336,12 +334,12 @@ class AdapterLayer(PeftNames, AdapterStore):
         factors = self.factors(delta)
         if factors is not None:
             added = self._factored(factors, given, out)
+        elif (kron := self.kron(delta)) is not None:
+            assert self.kind.kronecker is not None
+            first, second = kron.first[None], kron.second[None]
+            added = self.kind.kronecker(self.base_layer, given.to(first.dtype), first, second)
         else:
-            base_weight = self.original_weight() if delta.needs_base else None
-            weight = delta.delta_weight(base_weight).view(logical_shape(self.base_layer))
-            added = self.kind.op(
-                self.base_layer, given.to(weight.dtype) if given.is_floating_point() else given, weight
-            )
+            added = self._through(self.dense(delta), given)
         return added if bias is None else added + self._shaped(bias.to(added.dtype), added)
 
     def _factored(self, factors: Factors, x: Tensor, out: Tensor) -> Tensor:
@@ -391,14 +389,3 @@ class AdapterLayer(PeftNames, AdapterStore):
             if name == "base_layer" or name.startswith(("_", "lora_", "slot_")):
                 raise
             return getattr(self.base_layer, name)
-
-
-def _is_current(known: Contribution) -> bool:
-    """Whether its parameters are still those that the modules hold: others may have replaced them."""
-    holders, factors = known.holders, known.factors
-    return (
-        holders is not None
-        and factors is not None
-        and holders[0]["weight"] is factors.down
-        and holders[1]["weight"] is factors.up
-    )

@@ -61,7 +61,7 @@ class ParameterLayer(AdapterLayer):
             )
         base = self.original_weight()
         total = computing(weight).clone()
-        for _, factor, delta in terms:
+        for _, factor, delta, _ in terms:
             change = delta.delta_weight(base).detach().reshape(weight.shape)
             total += change.to(total) * (factor * self.shared.scale)
         self._plain = weight.clone()

@@ -28,6 +28,9 @@ class Shared:
     """The scale of a forward that is being traced as a whole, a number or a tensor; None outside such a trace."""
     reserved: int = 0
     """Rank that every slot has room for, so that hot-swapping finds the same storage; 0 where nothing is reserved."""
+    kept_free: float = 0.1
+    """Share of a device's memory that cached changes in full (ΔW of DoRA, OFT, LoHa of a high rank, …) leave free;
+    where one more would not, it is computed in each forward instead of being kept."""
     frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     """Base parameters whose gradients were switched off for training an adapter."""
     parameters: list[Any] = field(default_factory=list[Any])

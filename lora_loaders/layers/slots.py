@@ -1,5 +1,6 @@
 """Writing the active slots: each layer says what its own is to hold, and like layers are written together."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,15 @@ from lora_loaders.deltas.base import computing
 
 from .banks import Bank, Likeness, Stack, seat_of
 from .base_weight import adapter_dtype, adapter_place, logical_shape
+from .contribution import Term
 from .held import held, original_bias
 from .layer import AdapterLayer
+from .memory import memory_of
 from .parameter import ParameterLayer
 
 CPU = torch.device("cpu")
-REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_dense")
+REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_first", "slot_second", "slot_dense")
+BESIDE_KRONS = tuple([slot for slot in REST if slot not in ("slot_first", "slot_second")])
 STEP = 8
 """Capacities are multiples of this: smaller ones gain nothing on tensor cores, and equal capacities are reused."""
 SPREAD = 8
@@ -57,17 +61,17 @@ def _write_single(layer: AdapterLayer) -> Stack:
     terms, plain = layer.contributions()
     if plain:  # as nearly all are
         clear_rest(layer)
-        return [(factors, weight) for factors, weight, _ in terms if factors]
+        return [(factors, weight) for factors, weight, _, _ in terms if factors]
     stack: list[tuple[Factors, float]] = []
-    dense: list[tuple[Delta, float]] = []
-    gains_outputs = any(factors is not None and factors.out_gain is not None for factors, _, _ in terms)
-    for factors, weight, delta in terms:
+    whole: list[Term] = []
+    gains_outputs = any(term[0] is not None and term[0].out_gain is not None for term in terms)
+    for factors, weight, delta, name in terms:
         # Gains of both sides would multiply each other; changes of a weight only add up.
         if factors is None or (factors.in_gain is not None and gains_outputs):
-            dense.append((delta, weight))
+            whole.append((factors, weight, delta, name))
         else:
             stack.append((factors, weight))
-    _write_rest(layer, [(delta, weight) for _, weight, delta in terms], stack, dense)
+    _write_rest(layer, [(delta, weight) for _, weight, delta, _ in terms], stack, _write_krons(layer, whole))
     return [(factors, weight) for factors, weight in stack if factors.size[0]]
 
 
@@ -127,16 +131,35 @@ def bank_of(layer: AdapterLayer) -> Bank:
     return Bank.around(buffers["slot_down"], buffers["slot_up"])
 
 
+def _write_krons(layer: AdapterLayer, terms: Sequence[Term]) -> list[Term]:
+    """Write the Kronecker products of one shape; what is left has to be said in full.
+
+    Shapes: slot_first `[adapters, p, q]` with the weights folded in, slot_second `[adapters, m, n, *kernel]`.
+    """
+    found = [(layer.kron(delta), weight, term) for term in terms for _, weight, delta, _ in (term,)]
+    krons = [(kron, weight) for kron, weight, _ in found if kron is not None]
+    kept = [(kron, weight) for kron, weight in krons if kron.first.shape == krons[0][0].first.shape]
+    rest = [term for kron, _, term in found if all(kron is not other for other, _ in kept)]
+    if not kept:
+        _put(layer, "slot_first", None)
+        _put(layer, "slot_second", None)
+        return rest
+    dtype = adapter_dtype(layer.base_layer)
+    _put(layer, "slot_first", torch.stack([kron.first * weight for kron, weight in kept]).to(dtype))
+    _put(layer, "slot_second", torch.stack([kron.second for kron, _ in kept]).to(dtype))
+    return rest
+
+
 def _write_rest(
     layer: AdapterLayer,
     contributing: Sequence[tuple[Delta, float]],
     stacked: Sequence[tuple[Factors, float]],
-    dense: Sequence[tuple[Delta, float]],
+    dense: Sequence[Term],
 ) -> None:
     """Gains, bias and dense changes: rare, so written one by one."""
     gained = any(factors.in_gain is not None or factors.out_gain is not None for factors, _ in stacked)
     if not (dense or gained or any(delta.delta_bias() is not None for delta, _ in contributing)):
-        clear_rest(layer)
+        clear_rest(layer, REST if layer.slot_first is None else BESIDE_KRONS)
         return
     in_gain = _total([(f.in_gain, w) for f, w in stacked])
     out_gain = _total([(f.out_gain, w) for f, w in stacked])
@@ -147,22 +170,34 @@ def _write_rest(
         # (1 + gain) multiplies the base's whole output; the bias is no part of the weight and is taken out again.
         correction = -out_gain * computing(own_bias.detach())
         bias = correction if bias is None else bias + correction
-    weight = None
-    if any(delta.shape is not None for delta, _ in dense):
-        base = layer.original_weight() if any(delta.needs_base for delta, _ in dense) else None
-        shape = logical_shape(layer.base_layer)
-        weight = _total([(d.delta_weight(base).view(shape), w) for d, w in dense if d.shape is not None])
     dtype = adapter_dtype(layer.base_layer)
+    whole = [(delta, weight, name) for _, weight, delta, name in dense if delta.shape is not None]
+    weight = None
+    vars(layer)["computed"] = ()
+    if whole and _has_room(layer, dtype):
+        weight = _total([(layer.dense(delta), weight) for delta, weight, _ in whole])
+    elif whole:
+        vars(layer)["computed"] = tuple([(name, weight) for _, weight, name in whole])
     for name, value in (("in_gain", in_gain), ("out_gain", out_gain), ("bias", bias), ("dense", weight)):
         _put(layer, f"slot_{name}", None if value is None else value.to(dtype))
 
 
-def clear_rest(layer: AdapterLayer) -> None:
+def _has_room(layer: AdapterLayer, dtype: torch.dtype) -> bool:
+    """Whether the layer may keep its ΔW: it has the memory already, or enough of the device's stays free."""
+    if layer.slot_dense is not None:
+        return True
+    shape, device = logical_shape(layer.base_layer), adapter_place(layer.base_layer)[0] or CPU
+    free, total = memory_of(device)
+    return free - math.prod(shape) * dtype.itemsize >= layer.shared.kept_free * total
+
+
+def clear_rest(layer: AdapterLayer, slots: Sequence[str] = REST) -> None:
     """Empty the slots of what is no low-rank product."""
+    vars(layer)["computed"] = ()
     if not layer.shared.reserved:
-        layer.clear_slots(REST)
+        layer.clear_slots(slots)
         return
-    for slot in REST:
+    for slot in slots:
         _put(layer, slot, None)
 
 

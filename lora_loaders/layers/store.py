@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lora_loaders.deltas import Delta
+from lora_loaders.deltas.rows import fused_of
 
 from .held import held
 from .places import Factor, blank, is_transposed, place_of
@@ -39,6 +40,9 @@ class AdapterStore(nn.Module):
         own = [*(p for name in self.templates for p in self._raw(name).values()), *self._buffers.values()]
         parted = {id(tensor): _parted(tensor) for tensor in own if tensor is not None}
         others = {id(other): other for other in vars(self).values() if isinstance(other, Shared)}
+        # What reads other modules' weights refers to the whole model.
+        readers = [fused.read for template in self.templates.values() if (fused := fused_of(template)) is not None]
+        others |= {id(reader): reader for reader in readers}
         others |= {id(child): child for name, child in self._modules.items() if name == "base_layer"}
         return vars(copy.deepcopy(self, {**parted, **others}))
 

@@ -308,7 +308,7 @@ def measure(algebra: Algebra, layer: str, make: Callable[[], nn.Module], name: s
                 theirs.reasons = dict.fromkeys(STEPS, f"{name} makes none: {peer}")
                 peer = stand_in(algebra, net, x, Path(folder), name)
             if isinstance(peer, Peer) and "groups" in layer and not is_possible(net, peer.file):
-                reason = f"no ΔW exists: {name}'s tensors join inputs that the groups keep apart"
+                reason = f"no file of it exists: {name}'s tensors join inputs that the groups keep apart"
                 theirs.reasons = formula.reasons = dict.fromkeys(STEPS, reason)
             elif peer is not None:
                 compare(algebra, net, x, peer, theirs, formula, Path(folder))
@@ -415,7 +415,8 @@ def beside(
         cells.notes[step] = f"{peer.name} {theirs} in {kind}"
     elif theirs.shape != truth.shape:
         cells.notes[step] = f"{peer.name}'s has the shape {list(theirs.shape)}, the layer's is {list(truth.shape)}"
-    elif cells.put(step, dtype, ours, theirs) > PEER_ROUNDING[dtype]:
+    elif cells.put(step, dtype, ours, theirs) > PEER_ROUNDING[dtype] >= relative(ours, truth):
+        # Only the peer's own error is an explanation; where ours is off the formula too, the cell says so.
         cells.notes[step] = f"{peer.name} is {relative(theirs, truth):.0e} off the formula in {kind}"
 
 

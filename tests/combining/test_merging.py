@@ -135,3 +135,14 @@ def test_what_does_not_go_together_is_refused() -> None:
     dora = DoraDelta(inner=lora(2), magnitude=randn(12, 1))
     with pytest.raises(ll.ConversionError, match="base model's weights"):
         ll.merge([adapter(lora(2)), adapter(dora)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_exact_merge_of_one_scale_loses_nothing_in_low_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    one = LoraDelta(
+        up=(torch.randn(64, 128) * 0.005).to(dtype), down=(torch.randn(128, 64) * 0.02).to(dtype), alpha=1.0
+    )
+    done = ll.merge([adapter(one), adapter(one)], [0.1, 0.1])
+    assert done.error < 1e-6
+    torch.testing.assert_close(only(done).delta_weight(), 0.2 * one.delta_weight())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_loaders as ll
-from lora_loaders.combining.approximating import as_full, as_lokr, as_lora
+from lora_loaders.adapter import Adapter
+from lora_loaders.combining.approximating import Approximation, as_full, as_lokr, as_lora
 from lora_loaders.combining.goals import Goal
 from lora_loaders.combining.truncating import of_matrix, of_product
-from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta
+from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta, build
+from lora_loaders.errors import ConversionError
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 MATRICES = [name for name, case in CASES.items() if case.build().shape is not None and name != "modulation"]
@@ -225,3 +228,37 @@ def test_names_that_are_not_known_are_never_left_out_silently(file: Path) -> Non
     save_file({f"{name}.lora_down.weight": torch.zeros(2, 4), f"{name}.lora_up.weight": torch.zeros(4, 2)}, file)
     with pytest.raises(ll.ConversionError, match="names that are not known"):
         ll.resize(file, rank=1)
+
+
+@pytest.mark.parametrize("make", [lambda a, m: ll.resize(a, rank=9, model=m), lambda a, m: ll.to_full(a, model=m)])
+def test_gains_of_outputs_change_the_bias_too(make: Callable[[Adapter, nn.Module], Approximation]) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(9, 12)}).double()
+    gains = torch.rand(12, 1, dtype=torch.float64) + 0.5
+    made = make(Adapter({"transformer": {"a": build({"ia3_l": gains}, None)}}), model)
+    bias = made.adapter.deltas["transformer"]["a"].delta_bias()
+    assert bias is not None
+    torch.testing.assert_close(bias, (gains.flatten() - 1) * model["a"].bias.detach())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_named_and_nothing_is_made_of_them(value: float) -> None:
+    up = torch.randn(12, 2)
+    up[3, 1] = value
+    source = Adapter({"transformer": {"a": build({"down": torch.randn(2, 9), "up": up}, 1.0)}})
+    for make in (lambda: ll.resize(source, rank=1), lambda: ll.to_full(source), lambda: ll.merge([source, source])):
+        with pytest.raises(ConversionError, match=r"transformer\.a: NaN or infinity in up"):
+            make()
+
+
+def test_a_flattened_kernel_asks_for_the_model_and_then_has_its_own_rank() -> None:
+    path = "down_blocks.0.resnets.0.conv1"
+    slots = {f"hada_w{n}_{side}": torch.randn(*((12, 2) if side == "a" else (2, 36))) for n in (1, 2) for side in "ab"}
+    source = Adapter({"unet": {path: build(slots, 1.0)}})
+    for make in (lambda: ll.resize(source, rank=2), lambda: ll.to_full(source)):
+        with pytest.raises(ConversionError, match="model="):
+            make()
+    resnets = nn.ModuleDict({"resnets": nn.ModuleList([nn.ModuleDict({"conv1": nn.Conv2d(4, 12, 3)})])})
+    model = nn.ModuleDict({"down_blocks": nn.ModuleList([resnets])})
+    made = ll.resize(source, rank=4, conv_rank=1, model={"unet": model}).adapter.deltas["unet"][path]
+    assert made.rank == 1
+    assert made.tensors()["down"].shape == (1, 4, 3, 3)

@@ -84,10 +84,11 @@ def test_some_of_the_parts_join_to_their_rows() -> None:
     torch.testing.assert_close(join([first, middle]).delta_weight(), case.expected()[:16])
 
 
-def test_rows_that_need_the_other_parts_weights_are_refused() -> None:
-    rotated = CASES["input oft"].build()
+def test_rows_that_need_the_other_parts_weights_ask_for_them() -> None:
+    case = CASES["oft"]
+    part = RowsDelta.of(case.build(), [(0, 9)])
     with pytest.raises(ConversionError, match="other parts"):
-        RowsDelta.of(rotated, [(0, 8)])
+        part.delta_weight(case.base[:9])
 
 
 def test_a_selection_of_rows_inside_blocks_is_refused() -> None:

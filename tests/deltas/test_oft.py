@@ -2,8 +2,9 @@ import pytest
 import torch
 from delta_cases import CASES, cayley, join, randn
 
-from lora_loaders.deltas import InputOftDelta, build
+from lora_loaders.deltas import InputOftDelta, OftDelta, build, parts_of
 from lora_loaders.errors import ConversionError, MalformedAdapterError
+from lora_loaders.siblings import on_weights
 
 
 def test_rotations_keep_the_norm_of_the_weight() -> None:
@@ -30,18 +31,20 @@ def test_a_constraint_is_taken_along_by_the_parts_of_a_split() -> None:
     torch.testing.assert_close(torch.cat(changes), case.expected())
 
 
-@pytest.mark.parametrize(("name", "unit"), [("oft", 4), ("boft", 8)])
-def test_rows_that_are_rotated_together_are_not_cut_apart(name: str, unit: int) -> None:
-    delta = CASES[name].build()
-    with pytest.raises(ConversionError, match=f"groups of {unit}"):
-        delta.split([unit // 2, 24 - unit // 2])
-    with pytest.raises(ConversionError, match="rotated together"):
-        delta.rows(unit - 1, 24)
+@pytest.mark.parametrize("name", ["oft", "oft constrained", "boft", "oft diag"])
+def test_parts_cut_within_rows_that_are_rotated_together_are_exact(name: str) -> None:
+    case = CASES[name]
+    parts = parts_of(case.build(), {"q": 3, "k": 14, "v": 7})
+    weights = dict(zip(parts, case.base.split([3, 14, 7]), strict=True))
+    changes = [on_weights(part, weights.get).delta_weight(weights[path]) for path, part in parts.items()]
+    torch.testing.assert_close(torch.cat(changes), case.expected())
+    assert isinstance(join(list(parts.values())), OftDelta)
 
 
-def test_boft_halves_are_not_swapped_through_a_group() -> None:
-    with pytest.raises(ConversionError, match="rotated together"):
-        CASES["boft"].build().swap_halves()
+def test_boft_halves_are_swapped_through_a_group() -> None:
+    case = CASES["boft"]
+    swapped = case.build().swap_halves()
+    torch.testing.assert_close(swapped.delta_weight(case.base.roll(12, 0)), case.expected().roll(12, 0))
 
 
 def test_boft_halves_are_swapped_between_groups() -> None:

@@ -5,8 +5,9 @@ import torch
 from delta_cases import CASES, COLUMNS, ROWS, Case, join, randn
 from torch import Tensor
 
-from lora_loaders.deltas import Delta, RowsDelta, build
+from lora_loaders.deltas import Delta, RowsDelta, build, parts_of
 from lora_loaders.errors import ConversionError
+from lora_loaders.siblings import on_weights
 
 MAGNITUDES = {"plain": None, "dora per output": (ROWS, 1), "dora per input": (1, COLUMNS)}
 BIASED = [name for name in CASES if name != "modulation"]
@@ -68,17 +69,13 @@ def test_rows_are_the_rows_of_delta_weight(case: Case, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MAGNITUDES)
-def test_swapped_halves_go_with_a_swapped_base(name: str, case: Case, kind: str) -> None:
-    if name == "boft":
-        pytest.skip("its 24 rows are three groups of 8 that are rotated together")
+def test_swapped_halves_go_with_a_swapped_base(case: Case, kind: str) -> None:
     swapped = with_magnitude(case, kind).swap_halves()
     equal(swapped.delta_weight(case.base.roll(ROWS // 2, 0)), expected(case, kind).roll(ROWS // 2, 0))
 
 
 @pytest.mark.parametrize("kind", MAGNITUDES)
-def test_swapping_halves_twice_changes_nothing(name: str, case: Case, kind: str) -> None:
-    if name == "boft":
-        pytest.skip("its 24 rows are three groups of 8 that are rotated together")
+def test_swapping_halves_twice_changes_nothing(case: Case, kind: str) -> None:
     twice = with_magnitude(case, kind).swap_halves().swap_halves()
     equal(twice.delta_weight(case.base), expected(case, kind))
 
@@ -193,10 +190,15 @@ def test_parts_that_do_not_add_up_are_refused(case: Case) -> None:
             delta.split([8, 8])
 
 
-@pytest.mark.parametrize("kind", ["dora per input"])
-def test_column_norms_cannot_be_split(case: Case, kind: str) -> None:
-    with pytest.raises(ConversionError):
-        with_magnitude(case, kind).split(case.sizes)
+def test_parts_under_column_norms_read_the_other_parts_weights(case: Case) -> None:
+    delta = with_magnitude(case, "dora per input")
+    weights = dict(zip("qkv", case.base.split(case.sizes), strict=False))
+    parts = parts_of(delta, {path: len(weight) for path, weight in weights.items()})
+    changes = [on_weights(part, weights.get).delta_weight(weights[path]) for path, part in parts.items()]
+    equal(torch.cat(changes), expected(case, "dora per input"))
+    joined = join(list(parts.values()))
+    assert type(joined) is type(delta)
+    equal(joined.delta_weight(case.base), expected(case, "dora per input"))
 
 
 @pytest.mark.parametrize(
