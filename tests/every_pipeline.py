@@ -18,9 +18,12 @@ from tiny_models import WordTokenizer, clip, pipeline, render
 from torch import Tensor, nn
 
 import lora_loaders as ll
+from lora_loaders.mixins.pipeline import components_of
 
 diffusers: Any = released  # its classes are only partly typed
 Settings = dict[str, Any]
+RANK = 2
+"""Of the files that `made` makes."""
 
 
 class Vae(nn.Module):
@@ -146,6 +149,30 @@ def run(mixin: str, pipe: Any) -> Tensor:
     while isinstance(made, (list, tuple)):
         made = made[0]
     return made
+
+
+def linears(pipe: Any) -> dict[str, dict[str, nn.Linear]]:
+    """Component -> path -> layers to adapt: all linear ones in lists of blocks."""
+    return {
+        component: {
+            path: module
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split("."))
+        }
+        for component, model in components_of(pipe).items()
+    }
+
+
+def made(pipe: Any, seed: int) -> dict[str, Tensor]:
+    """A file for these layers in diffusers' names."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for component, modules in linears(pipe).items():
+        for path, module in modules.items():
+            stem = f"{component}.{path}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, module.in_features, generator=generator) * 0.2
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(module.out_features, RANK, generator=generator) * 0.2
+    return tensors
 
 
 def size(pixels: int = 32, **more: Any) -> Settings:

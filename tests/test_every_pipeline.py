@@ -9,14 +9,13 @@ import diffusers.loaders.lora_pipeline as lora_pipeline
 import pytest
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from every_pipeline import CASES, READY, build, run
+from every_pipeline import CASES, READY, build, linears, made, run
 from tiny_models import bits, changed_bits
-from torch import Tensor, nn
+from torch import Tensor
 
 import lora_loaders as ll
 from lora_loaders.mixins.pipeline import components_of
 
-RANK = 2
 MIXINS = [
     name
     for name, value in vars(lora_pipeline).items()
@@ -32,30 +31,6 @@ def test_every_mixin_of_the_installed_diffusers_has_a_pipeline_here() -> None:
 @pytest.mark.parametrize("mixin", MIXINS)
 def test_a_pipeline_is_of_its_mixin(mixin: str) -> None:
     assert mixin in {cls.__name__ for cls in type(build(mixin)).__mro__}
-
-
-def linears(pipe: Any) -> dict[str, dict[str, nn.Linear]]:
-    """Component -> path -> layers to adapt: all linear ones in lists of blocks."""
-    return {
-        component: {
-            path: module
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split("."))
-        }
-        for component, model in components_of(pipe).items()
-    }
-
-
-def made(pipe: Any, seed: int) -> dict[str, Tensor]:
-    """A file for these layers in diffusers' names."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for component, modules in linears(pipe).items():
-        for path, module in modules.items():
-            stem = f"{component}.{path}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, module.in_features, generator=generator) * 0.2
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(module.out_features, RANK, generator=generator) * 0.2
-    return tensors
 
 
 def merged(mixin: str, weights: Mapping[float, Mapping[str, Tensor]]) -> Tensor:

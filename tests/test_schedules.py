@@ -10,6 +10,8 @@ import diffusers
 import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.modular_pipelines import FluxAutoBlocks
+from every_pipeline import CASES, build, made
 from tiny_models import adapter_file, pipeline, render
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -338,6 +340,34 @@ def test_each_turn_of_a_second_order_scheduler_is_a_step() -> None:
     assert seen == [0, 0.25, 0.5, 0.75, 1]
 
 
+def test_two_transformers_share_one_progress_and_so_do_both_forwards_of_guidance() -> None:
+    pipe: Any = ll.attach(build("WanLoraLoaderMixin"))
+    pipe.load_lora_weights(made(pipe, 1), adapter_name="a")
+    pipe.set_adapters("a", lambda progress: progress)
+    seen: list[tuple[str, float]] = []
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name)
+        model.register_forward_pre_hook(lambda model, args, name=name: seen.append((name, *weights_of(model))))
+    call = CASES["WanLoraLoaderMixin"].call() | {"guidance_scale": 5.0, "num_inference_steps": 5}
+    pipe(**call, negative_prompt_embeds=call["prompt_embeds"] * 0)
+    high, low = (["transformer"] * 2, ["transformer_2"] * 8)
+    assert seen == [(name, n // 2 / 4) for n, name in enumerate([*high, *low])]
+
+
+def test_a_modular_pipeline_is_followed_by_its_scheduler() -> None:
+    parts = pipeline("flux1")
+    pipe = FluxAutoBlocks().init_pipeline()
+    pipe.update_components(**{name: part for name, part in parts.components.items() if name in pipe.component_names})
+    pipe = ll.attach(pipe)
+    pipe.load_lora_weights(adapter_file(parts, components=["transformer"]).tensors, "a")
+    pipe.set_adapters("a", lambda progress: progress)
+    call: Any = {"prompt": "a cat", "max_sequence_length": 8, "output": "latents", **SIZE}
+    with observed(pipe) as seen, torch.no_grad():
+        pipe(num_inference_steps=3, **call)
+    assert seen == [0, 0.5, 1]
+    assert weights_of(pipe.transformer) == {0.0}
+
+
 class Bare(diffusers.DiffusionPipeline):
     """A pipeline without a callback, and with a second scheduler made of the first as those for sound have."""
 
@@ -369,8 +399,7 @@ def test_a_pipeline_without_a_callback_is_followed_by_its_scheduler(way: str) ->
         if way == "attach":
             ll.unpatch_diffusers()
             ll.attach(pipe)
-        made = adapter_file(pipeline("sd15"), components=["unet"])
-        pipe.load_lora_weights(made.tensors, "a")
+        pipe.load_lora_weights(adapter_file(pipeline("sd15"), components=["unet"]).tensors, "a")
         pipe.set_adapters("a", lambda progress: progress)
         cls = type(pipe.scheduler)
         for options, expected in (
@@ -434,16 +463,16 @@ def test_a_step_makes_no_tensor_as_large_as_a_slot() -> None:
 
     pipe = adapted("flux1")
     pipe.set_adapters(["a", "b"], [one_minus, 0.5])
-    made = Made()
+    watch = Made()
 
     def look(pipe: Any, index: int, time: Any, tensors: Any) -> Any:
-        with made:
+        with watch:
             follow(pipe.transformer, Step(index + 1, STEPS + 1))
         return tensors
 
     draw(pipe, callback_on_step_end=look)
-    assert made.calls >= STEPS
-    assert not made.names
+    assert watch.calls >= STEPS
+    assert not watch.names
 
 
 def _tensors(tree: Any) -> list[Tensor]:
