@@ -73,6 +73,7 @@ from .mixins.pipeline import LoraPipelineMixin
 from .planning import plan
 from .plans import AttachPlan
 from .saving import adapter_state_dict
+from .schedules import PerStep
 from .tuning.config import LoraConfig
 from .verifying import Verification, verify
 from .version import __version__ as __version__
@@ -133,6 +134,7 @@ __all__ = [
     "Mochi1LoraLoaderMixin",
     "NothingFitsError",
     "PeftAdapterMixin",
+    "PerStep",
     "QwenImageLoraLoaderMixin",
     "RFD4ProteinaLoraLoaderMixin",
     "SD3LoraLoaderMixin",

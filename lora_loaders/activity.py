@@ -12,9 +12,10 @@ from .fusing import fused_adapters, unfuse
 from .gates import exclusive
 from .layers.arrangement import switch
 from .layers.layer import AdapterLayer
-from .layers.slots import refresh
+from .layers.slots import refresh, reweigh
 from .layout import adapter_layers, shared_of
 from .loading import adapter_names, unregister, unwatch
+from .schedules import NOTHING, START, Step, at_step, is_scheduled
 from .weights import by_path, one_each
 
 
@@ -22,22 +23,56 @@ from .weights import by_path, one_each
 def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> None:
     """Make these adapters the active ones, with these weights, and enable them; see `weights.by_path`.
 
-    Names that the model has not are skipped: an adapter need not change every component.
+    Names that the model has not are skipped: an adapter need not change every component. A weight that follows the
+    denoising is taken at its start, and kept for `follow`.
 
     Raises:
-        AdapterStateError: a list of weights of another length, or a weight that names no module.
+        AdapterStateError: a list of weights of another length, a weight that names no module, or a schedule for what
+            is fused.
     """
+    given = dict(zip(names, one_each(names, weights), strict=True))
+    scheduled = {name: weight for name, weight in given.items() if is_scheduled(weight)}
+    fused = fused_adapters(model).intersection(scheduled) if scheduled else ()
+    if fused:
+        raise AdapterStateError(
+            f"{', '.join(sorted(fused))} is fused into the weights and can follow no schedule",
+            mend="Call unfuse_lora() first.",
+            state=NOTHING,
+        )
     layers = adapter_layers(model)
+    _weigh(layers, given, START)
+    shared = shared_of(model)
+    if shared is not None:
+        shared.schedules = {n: w for n, w in shared.schedules.items() if n not in given} | scheduled
+    _activate([layer for _, layer in layers], names)
+
+
+@exclusive()
+def follow(model: nn.Module, step: Step) -> None:
+    """Give the adapters that have a schedule its weights for this step; which are active stays as it is.
+
+    Raises:
+        AdapterStateError: a function gives no number.
+    """
+    shared = shared_of(model)
+    if shared is not None and shared.schedules:
+        reweigh(_weigh(adapter_layers(model), shared.schedules, step), shared.schedules)
+
+
+def _weigh(layers: Sequence[tuple[str, AdapterLayer]], given: Mapping[str, Any], step: Step) -> list[AdapterLayer]:
+    """Note the weights of a step; the layers of which they change any."""
     factors: dict[str, dict[str, float]] = {}
-    for name, weight in zip(names, one_each(names, weights), strict=True):
+    for name, weight in given.items():
         paths = [path for path, layer in layers if name in layer.templates]
         if paths:
-            factors[name] = by_path(weight, paths)
+            factors[name] = by_path(at_step(weight, step, name), paths)
+    changed: list[AdapterLayer] = []
     for path, layer in layers:
         own = {name: table[path] for name, table in factors.items() if path in table}
-        if own:
+        if any(layer.weights[name] != weight for name, weight in own.items()):
             layer.reweigh(own)
-    _activate([layer for _, layer in layers], names)
+            changed.append(layer)
+    return changed
 
 
 @exclusive()
@@ -123,6 +158,9 @@ def delete(model: nn.Module, names: Sequence[str]) -> None:
         unfuse(model, fused)
     for name in names:
         unregister(model, name)
+    shared = shared_of(model)
+    if shared is not None:
+        shared.schedules = {name: weight for name, weight in shared.schedules.items() if name not in names}
     detach_adapters(model, names)
 
 
@@ -173,18 +211,20 @@ def move(model: nn.Module, names: Sequence[str], device: torch.device | str | in
     refresh(layer for _, layer in adapter_layers(model))
 
 
-Activity = list[tuple[tuple[str, ...], Mapping[str, float], bool]]
+Activity = list[tuple[tuple[str, ...], Mapping[str, float], bool, Mapping[str, Any]]]
 
 
 def snapshot(model: nn.Module) -> Activity:
     """Activity and weights of every adapter layer, for `restore`."""
-    return [(layer.active, layer.weights, layer.shared.enabled) for _, layer in adapter_layers(model)]
+    layers = [layer for _, layer in adapter_layers(model)]
+    return [(layer.active, layer.weights, layer.shared.enabled, layer.shared.schedules) for layer in layers]
 
 
 @exclusive()
 def restore(model: nn.Module, state: Activity) -> None:
     """Take activity and weights back to a snapshot."""
     layers = [layer for _, layer in adapter_layers(model)]
-    for layer, (active, weights, enabled) in zip(layers, state, strict=True):
-        layer.active, layer.weights, layer.shared.enabled = active, weights, enabled
+    for layer, (active, weights, enabled, schedules) in zip(layers, state, strict=True):
+        layer.active, layer.weights = active, weights
+        layer.shared.enabled, layer.shared.schedules = enabled, schedules
     refresh(layers)

@@ -25,7 +25,7 @@ from .layers.held import held, is_out_of_reach
 from .layers.layer import AdapterLayer
 from .layers.quantised import unsupported
 from .layers.slots import refresh
-from .layout import adapter_layers
+from .layout import adapter_layers, shared_of
 from .records import BATCH, Fused, Originals
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def fuse(
     """
     layers = [layer for _, layer in adapter_layers(model)]
     _check_names(layers, names)
+    _check_schedules(model, layers, names)
     wanted: list[tuple[AdapterLayer, dict[str, float]]] = []
     for layer in layers:
         chosen = layer.active if names is None else names
@@ -129,6 +130,19 @@ def _check_names(layers: Sequence[AdapterLayer], names: Sequence[str] | None) ->
         raise AdapterStateError(
             f"cannot fuse {', '.join(sorted(missing))}: no such adapter",
             problems=[f"present: {name}" for name in sorted(present)],
+            state="Nothing was fused.",
+        )
+
+
+def _check_schedules(model: nn.Module, layers: Sequence[AdapterLayer], names: Sequence[str] | None) -> None:
+    """Raise where an adapter that is to be fused follows the denoising: fused weights hold still."""
+    shared = shared_of(model)
+    chosen = {name for layer in layers for name in (layer.active if names is None else names)}
+    scheduled = sorted(chosen.intersection(shared.schedules)) if shared is not None else []
+    if scheduled:
+        raise AdapterStateError(
+            f"the weight of {', '.join(scheduled)} follows the denoising; what is fused holds one number",
+            mend=f"Call set_adapters({scheduled[0]!r}, <number>) first.",
             state="Nothing was fused.",
         )
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Real
 from typing import Any
@@ -20,10 +20,7 @@ def one_each(names: Sequence[str], weights: Any) -> list[Any]:
     """
     if weights is None or isinstance(weights, Mapping) or _is_single(weights):
         return [weights] * len(names)
-    try:
-        given = list(weights)
-    except TypeError:
-        raise _nonumber(weights) from None
+    given = list(weights)
     if len(given) != len(names):
         raise AdapterStateError(
             f"Length of adapter names {len(names)} is not equal to the length of the weights {len(given)}",
@@ -50,7 +47,7 @@ def number(weight: Any) -> float:
 
 
 def _is_single(weight: Any) -> bool:
-    return isinstance(weight, (Real, str, bytes)) or _has_no_dimension(weight)
+    return isinstance(weight, (Real, str, bytes)) or not isinstance(weight, Iterable) or _has_no_dimension(weight)
 
 
 def _has_no_dimension(weight: Any) -> bool:

@@ -215,7 +215,7 @@ def pipeline(family: str, seed: int = 0) -> Any:
 
 
 def render(pipe: Any, **options: Any) -> Tensor:
-    """The latents of a call of one step; the same noise and prompt each time."""
+    """The latents of a call, of one step unless `options` say more; the same noise and prompt each time."""
     generator = torch.Generator().manual_seed(7)
     name = type(pipe).__name__
     arguments: dict[str, Any] = {
@@ -236,7 +236,7 @@ def render(pipe: Any, **options: Any) -> Tensor:
     if name.startswith("FluxControl"):
         arguments["control_image"] = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        return pipe(**arguments, **options).images
+        return pipe(**{**arguments, **options}).images
 
 
 def _spoken(encoder: Any) -> Tensor:

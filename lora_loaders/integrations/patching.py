@@ -13,11 +13,12 @@ from typing import Any
 
 from lora_loaders.mixins.component_loading import ComponentLoadingMixin
 from lora_loaders.mixins.model import LoraModelMixin
-from lora_loaders.mixins.pipeline import LoraPipelineMixin, components_of, text_encoders
+from lora_loaders.mixins.pipeline import LoraPipelineMixin, components_of, models_of, text_encoders
 from lora_loaders.mixins.pipeline_saving import SavingMixin
 from lora_loaders.saving import as_plain
 
 from .changes import Changes
+from .denoising import following
 from .diffusers_functions import FUNCTIONS
 from .diffusers_words import MODEL_WORDS, PIPELINE_WORDS
 from .scale import encode_scaled
@@ -126,8 +127,10 @@ def _equip_all(base: type, equip: Callable[[type, type], None]) -> None:
 
 
 def _equip_pipeline(lora_mixin: type, base: type, cls: type) -> None:
-    """Wrap a pipeline's `encode_prompt` and `save_pretrained`; give it the methods if diffusers gives it none."""
+    """Wrap a pipeline's `__call__`, `encode_prompt` and `save_pretrained`; give it methods if diffusers gives none."""
     own = vars(cls)
+    if "__call__" in own:
+        _changes.put(cls, "__call__", following(own["__call__"], models_of))
     encode = own.get("encode_prompt")
     if callable(encode):
         _changes.put(cls, "encode_prompt", _scaling(encode))

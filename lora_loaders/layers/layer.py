@@ -281,6 +281,11 @@ class AdapterLayer(PeftNames, AdapterStore):
     def _is_behind(self) -> bool:
         return self._stale or (not torch.compiler.is_compiling() and self._edits() != self._versions)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the slot holds the contributing parameters as they are now."""
+        return not (self._stale or self._is_trained() or self._is_behind())
+
     def _edits(self) -> int:
         """How often the contributing parameters were written in place (EMA, scaling by hand): the slot is a copy."""
         return sum(map(_VERSION, self._trained))

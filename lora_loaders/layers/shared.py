@@ -1,5 +1,6 @@
 """The state that all adapter layers of one model share; there is no other outside the layers themselves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ class Shared:
     reads it anew where it would recompile for another number."""
     traced: Any = None
     """The scale of a forward that is being traced as a whole, a number or a tensor; None outside such a trace."""
+    schedules: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Adapter -> its weight as the user gave it, where that follows the denoising; replaced, never written into."""
     reserved: int = 0
     """Rank that every slot has room for, so that hot-swapping finds the same storage; 0 where nothing is reserved."""
     kept_free: float = 0.1

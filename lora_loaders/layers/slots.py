@@ -1,7 +1,7 @@
 """Writing the active slots: each layer says what its own is to hold, and like layers are written together."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,10 @@ from .held import held, original_bias
 from .layer import AdapterLayer
 from .memory import memory_of
 from .parameter import ParameterLayer
+
+# Of torch's public names none does many tensors in one launch; its optimisers use these.
+copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage]
+scale_all: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateUsage]
 
 CPU = torch.device("cpu")
 REST = ("slot_in_gain", "slot_out_gain", "slot_bias", "slot_first", "slot_second", "slot_dense")
@@ -54,6 +58,45 @@ def refresh(layers: Iterable[AdapterLayer]) -> list[Written]:
             else:
                 layer.take_slot(None, None)
         return [written for like, members in groups.items() for written in _write_together(like, members)]
+
+
+def reweigh(layers: Iterable[AdapterLayer], names: Collection[str]) -> None:
+    """Bring slots up to date where nothing but these adapters' weights has changed: in place, without other memory."""
+    behind: list[AdapterLayer] = []
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor], list[float]]] = {}
+    for layer in layers:
+        parts = _weighed_parts(layer, names)
+        if parts is None:
+            behind.append(layer)
+        for target, source, scale in parts or ():
+            targets, sources, scales = groups.setdefault((target.device, target.dtype), ([], [], []))
+            targets.append(target)
+            sources.append(source)
+            scales.append(scale)
+    with torch.no_grad():
+        for targets, sources, scales in groups.values():
+            copy_all(targets, sources)
+            scale_all(targets, scales)
+    refresh(behind)
+
+
+def _weighed_parts(layer: AdapterLayer, names: Collection[str]) -> list[tuple[Tensor, Tensor, float]] | None:
+    """Rows of the slot, what stands there unscaled, and its scale; None where the slot must be written anew."""
+    down: Tensor | None = vars(layer)["_buffers"]["slot_down"]
+    if isinstance(layer, ParameterLayer) or down is None or not layer.is_current:
+        return None
+    terms, plain = layer.contributions()
+    parts: list[tuple[Tensor, Tensor, float]] = []
+    start = 0
+    for factors, weight, _, name in terms:
+        # Another precision would be rounded twice, and one that is parked lies elsewhere.
+        if not plain or factors is None or factors.down.dtype != down.dtype or factors.down.device != down.device:
+            return None
+        rows = factors.size[0]
+        if name in names:
+            parts.append((down.narrow(0, start, rows), factors.down, factors.scaling * weight))
+        start += rows
+    return parts
 
 
 def _write_single(layer: AdapterLayer) -> Stack:

@@ -24,6 +24,7 @@ from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import as_plain, capture
+from lora_loaders.schedules import refuse_schedules
 from lora_loaders.tuning.adding import add_adapter
 from lora_loaders.weights import number
 from lora_loaders.writing import write_adapter
@@ -185,6 +186,7 @@ class LoraModelMixin(nn.Module):
         """Make these adapters the only active ones, with these weights; see `weights.by_path`."""
         names = activity.names_of(adapter_names)
         activity.require(names, self._adapter_names())
+        refuse_schedules(names, weights)
         activity.set_active(self, names, weights)
 
     def _adapter_names(self) -> list[str]:

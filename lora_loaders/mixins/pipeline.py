@@ -17,6 +17,7 @@ from lora_loaders.families import FAMILIES, Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
 from lora_loaders.hotswap import Targets, reserve
+from lora_loaders.integrations.denoising import following
 from lora_loaders.integrations.equipping import equip
 from lora_loaders.integrations.scale import encode_scaled
 from lora_loaders.layout import adapter_layers
@@ -63,6 +64,11 @@ def components_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
 
+def models_of(pipeline: Any) -> list[nn.Module]:
+    """The models among `components_of`."""
+    return list(components_of(pipeline).values())
+
+
 def text_encoders(pipeline: Any) -> list[nn.Module]:
     """The models of a pipeline that encode prompts."""
     return [model for name, model in components_of(pipeline).items() if name.startswith("text_encoder")]
@@ -70,6 +76,13 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
 
 class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     """LoRA methods for a pipeline class: `class MyPipeline(LoraPipelineMixin, DiffusionPipeline): ...`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let weights follow the calls of the class, its own ones or those that it inherits."""
+        super().__init_subclass__(**options)
+        call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
+        if call is not None:
+            cls.__call__ = following(call, models_of)  # type: ignore[attr-defined]
 
     # What there is
 
@@ -189,10 +202,13 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         Args:
             adapter_names: one name or several.
             adapter_weights: a number for all; a list with one entry each; an entry may be a dictionary by component,
-                and a component's entry a dictionary by block (see `weights.by_path`).
+                and a component's entry a dictionary by block (see `weights.by_path`). In a number's place may stand a
+                function of the denoising progress, which is 0 in the first step and 1 in the last, or a `PerStep`;
+                outside the pipeline's calls its first value holds.
 
         Raises:
-            AdapterStateError: an unknown name, component or block, or a list of another length.
+            AdapterStateError: an unknown name, component or block, or a list of another length, or a function that
+                gives no number.
         """
         names = self._present(adapter_names)
         components = self.lora_components
