@@ -28,6 +28,7 @@ from lora_loaders.tuning.adding import add_adapter
 from lora_loaders.weights import number
 from lora_loaders.writing import write_adapter
 
+from .around import around_own
 from .saving import save, save_bare
 
 
@@ -272,20 +273,20 @@ class LoraModelMixin(nn.Module):
 
     # Joined projections
 
-    def fuse_qkv_projections(self) -> None:
+    @around_own
+    def fuse_qkv_projections(self, own: Callable[[], None]) -> None:
         """diffusers' own; the joined projections heed the adapters on their parts, and those that come."""
-        join: Callable[[], None] = super().fuse_qkv_projections  # type: ignore[misc]
         with changing([self], reads_bases=True):
-            join()
+            own()
             follow_parts(self)
 
     # Plain files
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    @around_own
+    def save_pretrained(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Save the base model under its plain keys, what is fused included and what is not fused left out."""
-        write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         with as_plain(self):
-            return write(save_directory, *args, **kwargs)
+            return own(*args, **kwargs)
 
 
 def read_source(source: Any, hub: HubOptions, use_safetensors: bool | None) -> Contents | Adapter:

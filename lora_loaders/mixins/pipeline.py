@@ -24,6 +24,7 @@ from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may
 from lora_loaders.saving import as_plain
 from lora_loaders.weights import check_components, for_component, number, one_each
 
+from .around import around_own
 from .component_loading import ComponentLoadingMixin
 from .model import LoraModelMixin, read_source
 from .pipeline_saving import SavingMixin, hub_options
@@ -344,15 +345,24 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
 
     # Calls
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    @around_own
+    def encode_prompt(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own `encode_prompt`, with `lora_scale` honoured whether peft is there or not."""
-        encode: Callable[..., Any] = super().encode_prompt  # type: ignore[misc]
-        return encode_scaled(text_encoders(self), encode, *args, **kwargs)
+        return encode_scaled(text_encoders(self), own, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    @around_own
+    def save_pretrained(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Save the pipeline under its plain keys, what is fused included and what is not fused left out."""
-        write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         with ExitStack() as stack:
-            for model in self.lora_components.values():
+            for model in components_of(self).values():
                 stack.enter_context(as_plain(model))
-            return write(save_directory, *args, **kwargs)
+            return own(*args, **kwargs)
+
+
+class LoraBlocksMixin:
+    """What a block of a modular pipeline gains."""
+
+    @around_own
+    def encode_prompt(self, own: Callable[..., Any], components: Any, *args: Any, **kwargs: Any) -> Any:
+        """The block's own static `encode_prompt(components, …)`, with `lora_scale` honoured as a pipeline does."""
+        return encode_scaled(text_encoders(components), own, components, *args, **kwargs)
