@@ -82,7 +82,6 @@ class AdapterLayer(PeftNames, AdapterStore):
         vars(self).update(_trained=(), _trains=False, _versions=0, _stale=False, _known={})
         self._modules["base_layer"] = base_layer
         self._buffers.update(dict.fromkeys(self.SLOTS))
-        self._non_persistent_buffers_set.update(self.SLOTS)
         self.register_load_state_dict_post_hook(_mark_stale)
 
     # Adapters
@@ -130,15 +129,25 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     def set_slot(self, slot: str, value: Tensor | None) -> None:
         """Put a buffer in a slot, without the checks of attribute assignment."""
-        self._buffers[slot] = value
+        self._fill({slot: value})
 
     def clear_slots(self, slots: Sequence[str]) -> None:
         """Empty these slots."""
-        self._buffers.update(dict.fromkeys(slots))
+        self._fill(dict.fromkeys(slots))
 
     def take_slot(self, down: Tensor | None, up: Tensor | None) -> None:
         """Let the low-rank slot be these, or let go of it."""
-        self._buffers.update(slot_down=down, slot_up=up)
+        self._fill({"slot_down": down, "slot_up": up})
+
+    def _fill(self, slots: Mapping[str, Tensor | None]) -> None:
+        self._buffers.update(slots)
+        # accelerate looks up every name that stands here and expects a tensor.
+        listed = self._non_persistent_buffers_set
+        for slot, value in slots.items():
+            if value is None:
+                listed.discard(slot)
+            else:
+                listed.add(slot)
 
     @property
     def contributing(self) -> list[tuple[str, float]]:

@@ -22,7 +22,7 @@ from lora_loaders.integrations.scale import encode_scaled
 from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.saving import as_plain
-from lora_loaders.weights import check_components, for_component, number, one_each
+from lora_loaders.weights import for_component, nested, number, one_each
 
 from .around import around_own
 from .component_loading import ComponentLoadingMixin
@@ -197,9 +197,11 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         """
         names = self._present(adapter_names)
         components = self.lora_components
-        weights = one_each(names, adapter_weights)
-        for weight in weights:
-            check_components(weight, components)
+        layers = {component: adapter_layers(model) for component, model in components.items()}
+        weights = [
+            nested(weight, {c: [path for path, layer in own if name in layer.templates] for c, own in layers.items()})
+            for name, weight in zip(names, one_each(names, adapter_weights), strict=True)
+        ]
         snapshots = {name: activity.snapshot(model) for name, model in components.items()}
         try:
             for component, model in components.items():
