@@ -183,13 +183,14 @@ def _check_unet(weight: Mapping[str, Any], paths: Sequence[str], model_paths: It
     """
     if not any(path.startswith(UNET_BLOCKS) for path in paths):
         raise _misplaced(f"{', '.join(weight)} are blocks of a UNet, and no such block has an adapter", paths)
-    if isinstance(weight.get("mid"), Mapping):
+    mid: Any = weight.get("mid")
+    if isinstance(mid, Mapping):
         raise _misplaced("'mid' is one block, whose weight is a number", paths)
-    if _is_list(weight.get("mid")):
-        _check_count("mid", weight["mid"], 1)
+    if _is_list(mid):
+        _check_count("mid", mid, 1)
     layers = _layers_by_block(model_paths)
     for part in ("down", "up"):
-        value = weight.get(part)
+        value: Any = weight.get(part)
         present = sorted({f"block_{path.split('.')[1]}" for path in paths if path.startswith(f"{part}_blocks.")})
         unknown = [str(key) for key in value if key not in present] if isinstance(value, Mapping) else []
         if unknown:

@@ -1,10 +1,11 @@
 """LoraModelMixin: every LoRA method of diffusers' models, over any `nn.Module`."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.combining.weighted import weighted_adapter
-from lora_loaders.errors import AdapterStateError, ConversionError
+from lora_loaders.errors import AdapterStateError, ConversionError, NothingFitsError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.files import Contents, read
 from lora_loaders.fuse_report import FuseReport
@@ -30,6 +31,10 @@ from lora_loaders.writing import write_adapter
 
 from .around import around_own
 from .saving import save, save_bare
+
+Value = TypeVar("Value")
+_NAMED = re.compile(r"(?:unet|transformer(?:_2|_ref)?|text_encoder(?:_\d)?|connectors|text_conditioner)\.")
+"""How the keys of a component begin in diffusers' files."""
 
 
 class LoraModelMixin(nn.Module):
@@ -80,6 +85,16 @@ class LoraModelMixin(nn.Module):
         if isinstance(contents, Contents):
             contents = with_alphas(contents, network_alphas, metadata, prefix)
         component, family = self._lora_component(prefix, families)
+        if isinstance(contents, Contents) and prefix is not None:
+            # The default is what diffusers calls most denoisers; a UNet's file has another name for it.
+            default = component if prefix == "transformer" else prefix
+            contents = replace(contents, tensors=of_component(contents.tensors, default, rename=False))
+            if not contents.tensors:
+                raise NothingFitsError(
+                    f"No LoRA keys associated to {type(self).__name__} found with the {prefix=}",
+                    mend="Pass the component's name in the file, or prefix=None where keys carry none.",
+                    state="Nothing was loaded or changed.",
+                )
         return load({component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap)
 
     def save_lora_adapter(
@@ -131,8 +146,7 @@ class LoraModelMixin(nn.Module):
             AdapterMismatchError: the configuration means no module.
         """
         activity.check_string(adapter_name)
-        if adapter_name in adapter_names(self):
-            raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        self._require_free(adapter_name)
         component, _ = self._lora_component(None)
         config = add_adapter(self, adapter_config, adapter_name, component)
         register(self, adapter_name, config)
@@ -159,8 +173,7 @@ class LoraModelMixin(nn.Module):
             AdapterStateError: the name is taken, or an adapter is not there.
             ConversionError: adapters that this way cannot combine.
         """
-        if adapter_name in adapter_names(self):
-            raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        self._require_free(adapter_name)
         if svd_clamp is not None:
             raise ConversionError("svd_clamp is not supported: clamped factors are no best approximation")
         names = activity.names_of(adapters)
@@ -236,7 +249,20 @@ class LoraModelMixin(nn.Module):
 
     def _require_adapters(self) -> None:
         if not adapter_names(self):
-            raise AdapterStateError("No adapter loaded. Please load an adapter first.")
+            raise AdapterStateError(
+                f"{type(self).__name__}: No adapter loaded. Please load an adapter first.",
+                mend="load_lora_adapter loads a file, add_adapter begins a new adapter.",
+                state="Nothing was changed.",
+            )
+
+    def _require_free(self, adapter_name: str) -> None:
+        if adapter_name in adapter_names(self):
+            raise AdapterStateError(
+                f"Adapter with name {adapter_name} already exists. Please use a different name.",
+                problems=[f"present: {name}" for name in adapter_names(self)],
+                mend="Or delete it first with delete_adapters.",
+                state="Nothing was changed.",
+            )
 
     # Fusing
 
@@ -312,3 +338,16 @@ def with_alphas(
         contents = replace(contents, tensors={**contents.tensors, **extra})
     own = {k.removeprefix(f"{component}."): v for k, v in (config or {}).items() if k.startswith(f"{component}.")}
     return replace(contents, config=own or config) if config else contents
+
+
+def of_component(values: Mapping[str, Value], component: str, *, rename: bool = True) -> dict[str, Value]:
+    """A component's own entries: those under its name and those under no component's.
+
+    Args:
+        values: by key.
+        component: the component's name.
+        rename: whether entries under no component's name are put under this one.
+    """
+    own = {key: value for key, value in values.items() if key.startswith(f"{component}.")}
+    bare = {key: value for key, value in values.items() if key not in own and not _NAMED.match(key)}
+    return {**own, **({f"{component}.{key}": value for key, value in bare.items()} if rename else bare)}

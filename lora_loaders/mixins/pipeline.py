@@ -1,6 +1,7 @@
 """LoraPipelineMixin: every LoRA method of diffusers' pipelines, over whatever components a pipeline has."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
@@ -47,6 +48,21 @@ def _at_once(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return cast(Method, run)
+
+
+def warn_deprecated(method: str, prefix: str, options: Mapping[str, Any]) -> None:
+    """Say of `fuse_unet` and its like what diffusers says.
+
+    Raises:
+        TypeError: an option of another name.
+    """
+    known = [f"{prefix}{name}" for name in ("unet", "transformer", "text_encoder")]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"{method} has no options {', '.join(unknown)}")
+    for name in options:
+        text = f"Passing `{name}` to `{method}()` is deprecated and ignored. Please use the `components` argument."
+        warnings.warn(text, FutureWarning, stacklevel=4)
 
 
 def possible_components(pipeline: Any) -> list[str]:
@@ -128,12 +144,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor] | Adapter,
         adapter_name: str | None = None,
         hotswap: bool = False,
+        load_into_transformer_ref: bool | None = None,
         *,
         strict: bool = False,
         weight_name: str | None = None,
         use_safetensors: bool | None = None,
         load_into_transformer_2: bool | None = None,
-        load_into_transformer_ref: bool | None = None,
         families: Sequence[Family] = FAMILIES,
         **options: Any,
     ) -> LoadReport:
@@ -294,6 +310,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
+        **deprecated: Any,
     ) -> FuseReport:
         """Add adapters to the base weights, exactly undone by `unfuse_lora`.
 
@@ -302,11 +319,13 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             lora_scale: factor beside each adapter's own weight.
             safe_fusing: refuse if any fused weight would hold NaN or infinity.
             adapter_names: adapters to fuse, the active ones if None.
+            deprecated: `fuse_unet` and its like, of which diffusers warns, and which change nothing.
 
         Raises:
             AdapterStateError: an unknown component or name, or `safe_fusing` met NaN; nothing is fused then.
             UnsupportedBaseError: a base weight that cannot be written; nothing is fused then.
         """
+        warn_deprecated("fuse_lora", "fuse_", deprecated)
         models = self._chosen(components)
         names = None if adapter_names is None else self._present(adapter_names)
         scale = number(lora_scale)
@@ -321,12 +340,13 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         return adapter_names(model)
 
     @_at_once
-    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+    def unfuse_lora(self, components: Sequence[str] | None = None, **deprecated: Any) -> None:
         """Give the base weights back, to the bit, in all of these components or in none.
 
         Raises:
             AdapterStateError: an unknown component, or a weight that was changed since it was fused.
         """
+        warn_deprecated("unfuse_lora", "unfuse_", deprecated)
         fusing.unfuse_all(self._chosen(components))
 
     def _chosen(self, components: Sequence[str] | None) -> list[nn.Module]:
