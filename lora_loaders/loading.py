@@ -195,7 +195,7 @@ def unwatch(model: nn.Module) -> None:
     """Take away the hooks of a model that has no adapters."""
     if not is_equipped(model):
         unwatch_forwards(model)
-    unwatch_scale(model)
+        unwatch_scale(model)
 
 
 def adapter_names(model: nn.Module) -> list[str]:

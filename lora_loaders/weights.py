@@ -183,7 +183,7 @@ def _check_unet(weight: Mapping[str, Any], paths: Sequence[str], model_paths: It
     """
     if not any(path.startswith(UNET_BLOCKS) for path in paths):
         raise _misplaced(f"{', '.join(weight)} are blocks of a UNet, and no such block has an adapter", paths)
-    mid: Any = weight.get("mid")
+    mid = weight.get("mid", 1.0)
     if isinstance(mid, Mapping):
         raise _misplaced("'mid' is one block, whose weight is a number", paths)
     if _is_list(mid):
