@@ -31,7 +31,11 @@ def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> N
     for name, weight in zip(names, one_each(names, weights), strict=True):
         paths = [path for path, layer in layers if name in layer.templates]
         if paths:
-            factors[name] = by_path(weight, paths, (path for path, _ in model.named_modules()))
+            try:
+                factors[name] = by_path(weight, paths, (path for path, _ in model.named_modules()))
+            except AdapterStateError as error:
+                what = f"adapter {name!r}, {type(model).__name__}: {error.what}"
+                raise AdapterStateError(what, problems=error.problems, mend=error.mend, state=error.state) from error
     for path, layer in layers:
         own = {name: table[path] for name, table in factors.items() if path in table}
         if own:

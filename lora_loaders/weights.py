@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import AdapterStateError
 
@@ -47,7 +47,8 @@ def number(weight: Any) -> float:
     if not isinstance(value, Real):
         raise _nonumber(weight)
     if not math.isfinite(value):
-        raise AdapterStateError(f"an adapter weight is a finite number, not {value}", state="Nothing was changed.")
+        what = f"an adapter weight is a finite number, not {value}"
+        raise AdapterStateError(what, mend="0 switches an adapter off.", state="Nothing was changed.")
     return float(value)
 
 
@@ -62,7 +63,8 @@ def _has_no_dimension(weight: Any) -> bool:
 
 def _nonumber(weight: Any) -> AdapterStateError:
     shown = repr(weight) if isinstance(weight, str) else f"a {type(weight).__name__}"
-    return AdapterStateError(f"an adapter weight is a number, not {shown}", state="Nothing was changed.")
+    mend = "Give a number, a dictionary of numbers by component or block, or a list with one of these an adapter."
+    return AdapterStateError(f"an adapter weight is a number, not {shown}", mend=mend, state="Nothing was changed.")
 
 
 def for_component(weight: Any, component: str, components: Collection[str]) -> Any:
@@ -171,7 +173,7 @@ def _unet_weight(weight: Mapping[str, Any], path: str) -> float:
     return number(value)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 

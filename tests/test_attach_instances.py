@@ -255,3 +255,19 @@ def test_a_scale_warns_of_nothing_where_only_text_encoders_have_adapters(capfd: 
     pipe.load_lora_weights(adapter_file(pipeline("sd15"), components=["text_encoder"]).tensors, adapter_name="a")
     render(pipe, cross_attention_kwargs={"scale": 0.5})
     assert "ineffective" not in "".join(capfd.readouterr())
+
+
+def test_detaching_a_pipeline_leaves_the_components_that_another_one_has() -> None:
+    first = ll.attach(pipeline("sd15"))
+    second = ll.attach(diffusers.StableDiffusionImg2ImgPipeline(**first.components, requires_safety_checker=False))
+    plain = render(pipeline("sd15"))
+    first.load_lora_weights(adapter_file(pipeline("sd15")).tensors, adapter_name="a")
+    with_adapter = render(first)
+    ll.detach(second)
+    assert not hasattr(second, "lora_components")
+    assert torch.equal(render(first), with_adapter)
+    first.set_adapters("a", 0.0)
+    first.unet.delete_adapters("a")
+    ll.detach(first)
+    assert type(first.unet) is diffusers.UNet2DConditionModel
+    assert torch.equal(render(first), plain)

@@ -1,6 +1,7 @@
 """attach(pipe): any pipeline or model instance gains the LoRA methods, and detach takes them away."""
 
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -13,10 +14,12 @@ from lora_loaders.loading import adapter_names, check_foreign
 from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraBlocksMixin, LoraPipelineMixin, components_of
 
-from .equipping import equip, unequip
+from .equipping import equip, is_equipped, unequip
 from .scale import unwatch_scale, watch_scale
 
 T = TypeVar("T")
+_HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+"""Model -> the attached pipelines that it is a component of."""
 
 
 def attach(target: T) -> T:
@@ -26,7 +29,8 @@ def attach(target: T) -> T:
         target: a diffusers pipeline, or any model.
 
     Returns:
-        The same instance. Its class keeps its name, and `isinstance`, pickling and `save_pretrained` go on as before.
+        The same instance. Its class keeps its name, and `isinstance`, pickling and `save_pretrained` go on as before. A
+        pipeline that `from_pipe` makes of it is another one, to be attached too.
 
     Raises:
         TypeError: neither a pipeline nor a model.
@@ -45,6 +49,7 @@ def attach(target: T) -> T:
         equip(block, LoraBlocksMixin)
     for model in models.values():
         _equip_model(model)
+        _HOLDERS.setdefault(model, WeakSet()).add(target)
     return target
 
 
@@ -70,10 +75,12 @@ def _blocks_of(pipeline: object) -> list[Any]:
 def detach(target: T, *, keep_fused: bool | None = None) -> T:
     """Undo `attach`: adapters are unloaded and the instances get their own classes back.
 
+    A component that another attached pipeline has too stays as it is, with its adapters.
+
     Raises:
         AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
     """
-    models = [target] if isinstance(target, nn.Module) else list(getattr(target, "lora_components", {}).values())
+    models = [target] if isinstance(target, nn.Module) else _given_up(target)
     if keep_fused is False:
         unfuse_all(models)
     # Fused ones first: where nobody says what to do with them, that is found before anything is changed.
@@ -87,3 +94,11 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
             unwatch_scale(instance)
         unequip(instance)
     return target
+
+
+def _given_up(pipeline: Any) -> list[nn.Module]:
+    """The components that no other attached pipeline has, once this one lets go of all."""
+    models: list[nn.Module] = list(getattr(pipeline, "lora_components", {}).values())
+    for model in models:
+        _HOLDERS.get(model, WeakSet[Any]()).discard(pipeline)
+    return [model for model in models if not any(map(is_equipped, _HOLDERS.get(model, ())))]

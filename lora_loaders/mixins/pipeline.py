@@ -359,8 +359,10 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         unknown = [name for name in wanted if name not in possible]
         if unknown or not wanted:
             raise AdapterStateError(
-                f"components={wanted!r}: {', '.join(unknown) or 'none given'}",
+                f"components={wanted!r}: "
+                + (f"{type(self).__name__} has no {', '.join(unknown)}" if unknown else "none given"),
                 problems=[f"component: {name}" for name in present],
+                mend="Name some of these, or leave the argument out for all that have adapters.",
                 state="Nothing was changed.",
             )
         return [present[name] for name in wanted if name in present]
