@@ -40,7 +40,7 @@ def set_active(model: nn.Module, names: Sequence[str], weights: Any = None) -> N
             state=NOTHING,
         )
     layers = adapter_layers(model)
-    _weigh(layers, given, START)
+    _weigh(model, layers, given, START)
     shared = shared_of(model)
     if shared is not None:
         shared.schedules = {n: w for n, w in shared.schedules.items() if n not in given} | scheduled
@@ -56,16 +56,23 @@ def follow(model: nn.Module, step: Step) -> None:
     """
     shared = shared_of(model)
     if shared is not None and shared.schedules:
-        reweigh(_weigh(adapter_layers(model), shared.schedules, step), shared.schedules)
+        reweigh(_weigh(model, adapter_layers(model), shared.schedules, step), shared.schedules)
 
 
-def _weigh(layers: Sequence[tuple[str, AdapterLayer]], given: Mapping[str, Any], step: Step) -> list[AdapterLayer]:
+def _weigh(
+    model: nn.Module, layers: Sequence[tuple[str, AdapterLayer]], given: Mapping[str, Any], step: Step
+) -> list[AdapterLayer]:
     """Note the weights of a step; the layers of which they change any."""
     factors: dict[str, dict[str, float]] = {}
     for name, weight in given.items():
         paths = [path for path, layer in layers if name in layer.templates]
         if paths:
-            factors[name] = by_path(at_step(weight, step, name), paths)
+            try:
+                modules = (path for path, _ in model.named_modules())
+                factors[name] = by_path(at_step(weight, step, name), paths, modules)
+            except AdapterStateError as error:
+                what = f"adapter {name!r}, {type(model).__name__}: {error.what}"
+                raise AdapterStateError(what, problems=error.problems, mend=error.mend, state=error.state) from error
     changed: list[AdapterLayer] = []
     for path, layer in layers:
         own = {name: table[path] for name, table in factors.items() if path in table}

@@ -40,6 +40,14 @@ class Change:
             return out.copy_(torch.addmm(weight.flatten(1), *factors, alpha=sign).view(weight.shape))
         return torch.add(weight, (self.up @ self.down).view(weight.shape), alpha=sign, out=out)
 
+    def memory(self) -> int:
+        """Bytes that it takes."""
+        return sum(tensor.nbytes for tensor in (self.down, self.up, self.dense) if tensor is not None)
+
+    def apart(self) -> "Change":
+        """The same in memory of its own."""
+        return Change(*[None if tensor is None else tensor.clone() for tensor in (self.down, self.up, self.dense)])
+
 
 def products(batch: Iterable[tuple[AdapterLayer, Tensor, Terms]]) -> dict[AdapterLayer, Change]:
     """The changes of those layers, given with their weights, to which every delta adds a plain product.

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .buffers import part_of
-from .errors import UNTOUCHED, MalformedAdapterError, UnsafeFileError
+from .errors import UNTOUCHED, AdapterFileError, MalformedAdapterError, UnsafeFileError
 from .lazy import FileTensor, SourceFile, Span, bytes_of, form_of, pieces_of, write_all
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, locate
 
@@ -86,11 +86,15 @@ def read(
     return Contents(tensors, metadata, adapter_config(path), str(path))
 
 
+CONFIG_MEND = "Write it anew, or take it away: ranks are read from the tensors, and alpha is the rank then."
+
+
 def _from_mapping(source: Mapping[str, Tensor]) -> Contents:
     values = list[tuple[str, object]](source.items())
     wrong = [f"{key}: {type(value).__name__}" for key, value in values if not isinstance(value, Tensor)]
+    wrong += [f"{key!r}: a key that is no name" for key in list[object](source) if not isinstance(key, str)]
     if wrong:
-        raise MalformedAdapterError("a state dictionary holds tensors only", problems=wrong, state=UNTOUCHED)
+        raise MalformedAdapterError("a state dictionary holds tensors only, by name", problems=wrong, state=UNTOUCHED)
     return Contents(dict(source))
 
 
@@ -104,9 +108,13 @@ def adapter_config(path: Path) -> Mapping[str, Any] | None:
     if path.name != DEFAULT_NAMES[1] or not file.is_file():
         return None
     try:
-        return json.loads(file.read_text("utf-8"))
+        config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise MalformedAdapterError(f"{file} is no JSON: {error}", state=UNTOUCHED) from error
+        raise MalformedAdapterError(f"{file} is no JSON: {error}", mend=CONFIG_MEND, state=UNTOUCHED) from error
+    if not isinstance(config, dict):
+        what = f"{file} holds a {type(config).__name__}, no table of a configuration's fields"
+        raise MalformedAdapterError(what, mend=CONFIG_MEND, state=UNTOUCHED)
+    return cast(Mapping[str, Any], config)
 
 
 def _read_pickle(path: Path) -> Contents:
@@ -152,7 +160,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
             raise refuse(f"{size} bytes, too short for its header of {length} bytes" if size else "an empty file")
         try:
             header = json.loads(file.read(length), object_pairs_hook=unique)
-            metadata = header.pop("__metadata__", {})
+            metadata: Any = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict):
+                raise TypeError(f"__metadata__ is a {type(metadata).__name__}, no table")
             entries = {name: _entry(name, claim) for name, claim in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, MalformedAdapterError):
@@ -311,10 +321,20 @@ def atomic(path: str | os.PathLike[str], *, durable: bool = True) -> Generator[P
     Args:
         path: the file.
         durable: flush it to the disk first, so that it is whole also after a power cut.
+
+    Raises:
+        AdapterFileError: its folder cannot be made or written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise AdapterFileError(
+            f"{path} cannot be written: {error.strerror or error}",
+            mend="Choose a folder that can be written to.",
+            state="Nothing was written.",
+        ) from error
     os.close(descriptor)
     temporary = Path(name)
     try:

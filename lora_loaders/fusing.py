@@ -1,8 +1,11 @@
 """Fuse and unfuse, exact to the last bit.
 
 Fusing sets W' = round(W + P) with P the sum of the fused adapters' changes. Subtracting the same P on the same device
-gives W back except where rounding lost it: 0.3 to 2 % of the elements. Those are kept as a sparse record, so unfusing
-restores every bit at a few percent of the weights' memory. A checksum taken before fusing proves it each time.
+gives W back except where rounding lost it: 0.3 to 2 % of the elements at usual strength, more for stronger changes.
+Those are kept as a sparse record with the factors, so unfusing restores every bit: at 7 % of the weights' memory on a
+full-size Flux.1, at 11 % where ‖ΔW‖/‖W‖ is 3 %. Where that would be more than a copy of the weight, as for small or
+strongly changed layers, and for DoRA and other changes that depend on the weight, a copy is kept. A checksum taken
+before fusing proves each restored weight.
 """
 
 import logging

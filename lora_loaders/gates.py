@@ -22,7 +22,11 @@ from .offloading import in_step
 
 
 class Gate:
-    """Many forwards or one change at a time; a thread may run forwards in its change, and change in its forward."""
+    """Many forwards or one change at a time; a thread may run forwards in its change, and change in its forward.
+
+    A scale is each thread's own; only where the forward reads it from where all threads do, as compiled code does,
+    forwards of different scales take turns.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -30,6 +34,8 @@ class Gate:
         self._changer: int | None = None
         self._depth = 0
         self._waiting = 0
+        self._scale = 1.0
+        self._scaled: dict[int, list[float]] = {}
         self.has_bases = False
         """Whether a change is under way for which weights that are kept on disk were read into memory."""
         self.version = 0
@@ -68,6 +74,53 @@ class Gate:
                     self._condition.notify_all()
                 self._changer = me
             self._depth += 1
+
+    def enter_scale(
+        self, scale: float, outer: float, write: Callable[[float], None], is_common: Callable[[], bool]
+    ) -> None:
+        """Begin a forward with this scale, or another use of it.
+
+        Args:
+            scale: the factor.
+            outer: this thread's factor of before.
+            write: puts a factor where all threads read it.
+            is_common: whether the forward reads it there. Then it waits for other threads' forwards of another scale.
+        """
+        me = threading.get_ident()
+        with self._condition:
+            # One that holds a scale already must not wait for another that does the same.
+            if me not in self._scaled and self._scaled and scale != self._scale and is_common():
+                self._condition.wait_for(lambda: not self._scaled or self._scale == scale)
+            self._scaled.setdefault(me, []).append(outer)
+            self._write_scale(scale, write)
+
+    def leave_scale(self) -> float:
+        """The forward is over, or failed: what this thread's scale is again, to be told to `left_scale`."""
+        with self._condition:
+            outer = self._scaled.get(threading.get_ident())
+            return outer.pop() if outer else 1.0
+
+    def left_scale(self, scale: float, write: Callable[[float], None]) -> None:
+        """What all threads read follows, and those that wait go on."""
+        me = threading.get_ident()
+        with self._condition:
+            if not self._scaled.get(me):
+                self._scaled.pop(me, None)
+            if me in self._scaled or not self._scaled:
+                self._write_scale(scale, write)
+            self._condition.notify_all()
+
+    def forget_scale(self) -> None:
+        """This thread's forwards end without a word: their hooks are gone."""
+        with self._condition:
+            self._scaled.pop(threading.get_ident(), None)
+            self._condition.notify_all()
+
+    def _write_scale(self, scale: float, write: Callable[[float], None]) -> None:
+        """Write it unless another thread's forward reads there, or it stands there already."""
+        if scale != self._scale and not self._scaled.keys() - {threading.get_ident()}:
+            self._scale = scale
+            write(scale)
 
     @property
     def is_outermost(self) -> bool:

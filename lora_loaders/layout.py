@@ -14,6 +14,11 @@ from .layers.parameter import ParameterLayer
 from .layers.raw import raw_parameter
 from .layers.shared import Shared
 
+CONFIGS = "peft_config"
+"""Attribute of a model by which diffusers, transformers and PEFT know its adapters."""
+LOADED = "_hf_peft_config_loaded"
+"""Attribute by which diffusers and transformers know that it has any."""
+
 
 class ModelLayout:
     """Names and sizes of a pipeline's live components, for the names layer; see `conversion.Layout`.
@@ -189,3 +194,12 @@ def shared_of(model: nn.Module) -> Shared | None:
     first: list[tuple[str, AdapterLayer]] = []
     _gather(model, "", first, limit=1)
     return first[0][1].shared if first else None
+
+
+def is_foreign(model: nn.Module) -> bool:
+    """Whether peft has put layers of its own into a model."""
+    if shared_of(model) is not None:
+        return False
+    # When its last adapter is deleted, peft leaves its wrappers, no table and a flag.
+    left = LOADED in vars(model) and any(type(module).__module__.startswith("peft.") for module in model.modules())
+    return CONFIGS in vars(model) or left

@@ -20,13 +20,11 @@ from .fusing import fused_adapters
 from .gates import changing, unwatch_forwards, versions, watch_forwards
 from .integrations.equipping import is_equipped
 from .integrations.scale import unwatch_scale, watch_scale
-from .layout import ModelLayout, adapter_layers, shared_of
+from .layout import CONFIGS, LOADED, ModelLayout, adapter_layers, is_foreign, shared_of
 from .plans import AttachPlan, Binding, plan_adapter
 from .tuning.config import LoraConfig, config_of
 
 logger = logging.getLogger(__name__)
-CONFIGS, LOADED = "peft_config", "_hf_peft_config_loaded"
-"""Attributes of a model by which diffusers, transformers and PEFT know its adapters."""
 MISPLACED, CERTAIN = 0.4, 0.9
 """A file that finds no place for more of its names than the first share is another family's which knows the second."""
 
@@ -133,7 +131,7 @@ def load(
         AdapterStateError: the name is taken, or for `hotswap`, is not there.
     """
     chosen = _check_name(name, models, hotswap)
-    _check_foreign(models)
+    check_foreign(models)
     seen = versions(models.values())
     layout = layout_of(models, family)
     if isinstance(contents, Contents) and family is not None:
@@ -205,7 +203,7 @@ def unwatch(model: nn.Module) -> None:
     """Take away the hooks of a model that has no adapters."""
     if not is_equipped(model):
         unwatch_forwards(model)
-    unwatch_scale(model)
+        unwatch_scale(model)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -234,14 +232,18 @@ def _check_name(name: str | None, models: Mapping[str, nn.Module], hotswap: bool
     return name
 
 
-def _check_foreign(models: Mapping[str, nn.Module]) -> None:
-    """Raise where peft has put layers of its own into a model: the two would not see each other's adapters."""
+def check_foreign(models: Mapping[str, nn.Module]) -> None:
+    """Raise where peft has put layers of its own into a model: the two would not see each other's adapters.
+
+    Raises:
+        AdapterStateError: it has.
+    """
     for component, model in models.items():
-        if adapter_names(model) and shared_of(model) is None:
+        if is_foreign(model):
             raise AdapterStateError(
-                f"{component} carries peft's adapters {', '.join(adapter_names(model))}",
+                f"{component} carries peft's layers, for adapters {', '.join(adapter_names(model)) or 'that are gone'}",
                 mend="Unload them first with diffusers' own unload_lora_weights(), before ll.attach(pipe).",
-                state="Nothing was loaded or changed.",
+                state="Nothing was changed.",
             )
 
 

@@ -14,8 +14,6 @@ from .layers.layer import AdapterLayer
 
 BATCH = 1 << 27
 """Elements of the weights whose originals are held at the same time; as bfloat16 and with their mask, 400 MB."""
-COPIED_SHARE = 0.5
-"""A record that lists more than this share of the elements would be larger than a copy, which is kept instead."""
 
 
 @dataclass
@@ -83,9 +81,9 @@ class Fused:
     def memory(self) -> int:
         """Bytes that are kept for unfusing."""
         kept = (self.where, self.values, self.copy, self.bias)
-        factors = (self.change.down, self.change.up, self.change.dense) if self.change else ()
         recorded = self.record.memory() if self.record is not None else 0
-        return recorded + sum(tensor.nbytes for tensor in (*kept, *factors) if tensor is not None)
+        changed = self.change.memory() if self.change is not None else 0
+        return recorded + changed + sum(tensor.nbytes for tensor in kept if tensor is not None)
 
 
 @dataclass
@@ -140,14 +138,21 @@ class Originals:
             side.wait_event(self.done)
         with torch.cuda.stream(side):
             where, values, checksums, edges = self._counted(layers, size)
+        each = where.element_size() + values.element_size()
+        is_smaller = [
+            (edges[row + 1] - edges[row]) * each + change.memory() < size * values.element_size()
+            for row, change in enumerate(self.changes)
+        ]
         for row, (fused, change) in enumerate(zip(self.fused, self.changes, strict=True)):
             assert fused.copy is not None
-            own = slice(edges[row], edges[row + 1])
-            if own.stop - own.start > COPIED_SHARE * size:
+            if not is_smaller[row]:
                 fused.copy = fused.copy.clone()
-            else:
-                fused.where, fused.values = where[own], values[own]
-                fused.change, fused.checksum, fused.copy = change, checksums[row], None
+                continue
+            own = slice(edges[row], edges[row + 1])
+            fused.where, fused.values = where[own], values[own]
+            fused.change, fused.checksum, fused.copy = change, checksums[row], None
+            if not all(is_smaller):  # a part would keep all of it in memory, that of the copied weights too
+                fused.where, fused.values, fused.change = fused.where.clone(), fused.values.clone(), change.apart()
 
     def _counted(self, layers: int, size: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Positions and values that were missed, each weight's checksum, and where each weight's part begins."""

@@ -54,9 +54,10 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
     chosen = name if name is not None else present[0] if len(present) == 1 else None
     if chosen is None or chosen not in present:
         raise AdapterStateError(
-            f"no adapter {name!r} is loaded" if name else f"{len(present) or 'no'} adapters are loaded",
+            (f"no adapter {name!r} is loaded" if name else f"{len(present) or 'no'} adapters are loaded")
+            + f" in {', '.join(models)}",
             problems=[f"loaded: {other}" for other in present],
-            mend="Say which with adapter_name=….",
+            mend="Say which with adapter_name=…." if present else "Load one first, or give <component>_lora_layers=….",
             state="Nothing was written.",
         )
     deltas: dict[str, dict[str, Delta]] = {}

@@ -58,7 +58,9 @@ def _parsed(text: str) -> Mapping[str, Any]:
     try:
         flat = json.loads(text)
     except ValueError as error:
-        raise MalformedAdapterError(f"the header's {METADATA_KEY} is no JSON ({error})", state=UNTOUCHED) from error
+        mend = "Take the entry out of the header: alpha is the rank then."
+        what = f"the header's {METADATA_KEY} is no JSON ({error})"
+        raise MalformedAdapterError(what, mend=mend, state=UNTOUCHED) from error
     if not isinstance(flat, dict):
         raise MalformedAdapterError(f"the header's {METADATA_KEY} is no dictionary", state=UNTOUCHED)
     return flat

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from tiny_models import FAMILIES, adapter_file, components_of, photograph, pipeline, render
-from torch import nn
+from torch import Tensor, nn
 
 import lora_loaders as ll
 from lora_loaders.layout import adapter_layers
@@ -127,8 +127,8 @@ def test_models_pickle_and_copy(state: str) -> None:
                 twin.unfuse_lora()
                 twin.delete_adapters("a")
                 assert (
-                    len(twin._forward_pre_hooks) == 1
-                )  # the gate of an attached model, and nothing that reads a scale
+                    len(twin._forward_pre_hooks) == 2
+                )  # the gate's and the scale's hooks, which an attached model always has
     assert torch.equal(pipe.unet(*arguments).sample, wanted)
 
 
@@ -215,3 +215,59 @@ def test_a_pickle_holds_each_tensor_once() -> None:
     layers = len(adapter_layers(pipe.unet))
     # The slot holds it again, in a rank that is a multiple of 8; names and templates take some kilobytes a layer.
     assert len(pickle.dumps(pipe.unet)) < plain + 4 * own + 8192 * layers
+
+
+def test_a_scale_reaches_the_text_encoders_of_a_modular_pipeline() -> None:
+    from diffusers.modular_pipelines import FluxAutoBlocks
+
+    base = pipeline("flux1")
+    pipe: Any = FluxAutoBlocks().init_pipeline()
+    pipe.update_components(
+        **{
+            name: part
+            for name, part in base.components.items()
+            if part is not None
+            and name
+            in ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2")
+        }
+    )
+    made = adapter_file(base)
+
+    def call(**options: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        size = {"height": 8, "width": 8, "num_inference_steps": 1, "max_sequence_length": 8}
+        with torch.no_grad():
+            return pipe(prompt="a cat", generator=generator, output_type="latent", output="images", **size, **options)
+
+    without = call()
+    ll.attach(pipe)
+    pipe.load_lora_weights(made.tensors, adapter_name="a")
+    whole = call()
+    assert not torch.allclose(whole, without)
+    torch.testing.assert_close(call(joint_attention_kwargs={"scale": 0.0}), without)
+    assert torch.equal(call(), whole)
+    ll.detach(pipe)
+    assert torch.equal(call(), without)
+
+
+def test_a_scale_warns_of_nothing_where_only_text_encoders_have_adapters(capfd: pytest.CaptureFixture[str]) -> None:
+    pipe = ll.attach(pipeline("sd15"))
+    pipe.load_lora_weights(adapter_file(pipeline("sd15"), components=["text_encoder"]).tensors, adapter_name="a")
+    render(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert "ineffective" not in "".join(capfd.readouterr())
+
+
+def test_detaching_a_pipeline_leaves_the_components_that_another_one_has() -> None:
+    first = ll.attach(pipeline("sd15"))
+    second = ll.attach(diffusers.StableDiffusionImg2ImgPipeline(**first.components, requires_safety_checker=False))
+    plain = render(pipeline("sd15"))
+    first.load_lora_weights(adapter_file(pipeline("sd15")).tensors, adapter_name="a")
+    with_adapter = render(first)
+    ll.detach(second)
+    assert not hasattr(second, "lora_components")
+    assert torch.equal(render(first), with_adapter)
+    first.set_adapters("a", 0.0)
+    first.unet.delete_adapters("a")
+    ll.detach(first)
+    assert type(first.unet) is diffusers.UNet2DConditionModel
+    assert torch.equal(render(first), plain)

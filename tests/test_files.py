@@ -420,3 +420,31 @@ def test_new_file_gets_the_permissions_that_the_umask_leaves(tmp_path: Path) -> 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     write_safetensors({"a": torch.zeros(1)}, tmp_path / "x" / "y" / "a.safetensors", {})
     assert read(tmp_path / "x" / "y" / "a.safetensors").tensors["a"].tolist() == [0.0]
+
+
+def test_a_header_whose_metadata_is_no_table_is_malformed(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": ["a"]}).encode()
+    (file := tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(MalformedAdapterError, match="__metadata__ is a list"):
+        read_adapter(file)
+
+
+def test_a_configuration_that_is_no_table_is_malformed(tmp_path: Path) -> None:
+    tensors = {"base_model.model.x.lora_A.weight": torch.ones(1, 2)}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(MalformedAdapterError, match=r"adapter_config\.json holds a list"):
+        read_adapter(tmp_path)
+
+
+def test_a_key_that_is_no_string_is_malformed() -> None:
+    with pytest.raises(MalformedAdapterError, match="1: a key that is no name"):
+        read_adapter({1: torch.ones(2)})  # type: ignore[dict-item]
+
+
+def test_a_place_that_cannot_be_written_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AdapterFileError, match=r"(?s)file/below.*Nothing was written") as error:
+        write_safetensors({"x": torch.ones(2)}, tmp_path / "file" / "below" / "x.safetensors", {})
+    assert error.value.mend
+    assert (tmp_path / "file").read_text() == "x"

@@ -30,6 +30,12 @@ def sequential(model: nn.Module, folder: Path) -> None:
     accelerate.cpu_offload(model, CPU)
 
 
+def sequential_with_buffers(model: nn.Module, folder: Path) -> None:
+    """As diffusers does for a model with a parameter of its own beside its modules (Wan's image models, Lumina)."""
+    accelerate = pytest.importorskip("accelerate", reason="sequential offloading is accelerate's")
+    accelerate.cpu_offload(model, CPU, offload_buffers=True)
+
+
 def grouped(offload_type: str, on_disk: bool = False) -> Offload:
     def switch_on(model: nn.Module, folder: Path) -> None:
         from diffusers.hooks import apply_group_offloading
@@ -49,6 +55,7 @@ def grouped(offload_type: str, on_disk: bool = False) -> Offload:
 MODES: dict[str, Offload] = {
     "model": model_cpu,
     "sequential": sequential,
+    "sequential, buffers": sequential_with_buffers,
     "group, blocks": grouped("block_level"),
     "group, leaves": grouped("leaf_level"),
     "group, blocks, disk": grouped("block_level", on_disk=True),

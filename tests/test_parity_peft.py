@@ -195,3 +195,36 @@ def test_targets_are_the_same(options: dict[str, Any]) -> None:
     theirs.add_adapter(peft.LoraConfig(r=2, **options))
     wrapped = {name.removesuffix(".base_layer") for name, _ in theirs.named_modules() if name.endswith(".base_layer")}
     assert set(target_modules(ours, ll.LoraConfig(r=2, **options))) == wrapped
+
+
+def test_a_patched_pipeline_that_loaded_with_peft_goes_on_with_peft() -> None:
+    theirs, twin = pipeline("sd15"), pipeline("sd15")
+    made = adapter_file(theirs, components=["unet"])
+    without = render(twin)
+    for pipe in (theirs, twin):
+        pipe.load_lora_weights(made.tensors, adapter_name="old")
+    twin.set_adapters("old", 0.5)
+    half = render(twin)
+    with pytest.raises(ll.AdapterStateError, match="peft"):
+        ll.attach(theirs)
+    ll.patch_diffusers()
+    try:
+        theirs.set_adapters("old", 0.5)
+        assert torch.equal(render(theirs), half)
+        theirs.disable_lora()
+        assert torch.equal(render(theirs), without)
+        theirs.enable_lora()
+        theirs.fuse_lora()
+        assert theirs.fused_loras == {"old"}
+        theirs.unfuse_lora()
+        with pytest.raises(ll.AdapterStateError, match="peft"):
+            theirs.unet.merge_adapter()
+        theirs.delete_adapters("old")
+        theirs.unload_lora_weights()
+        torch.testing.assert_close(render(theirs), without, **ROUNDING)
+        assert [name for name, m in theirs.unet.named_modules() if "peft" in type(m).__module__] == []
+        theirs.load_lora_weights(made.tensors, adapter_name="new")
+        assert any(isinstance(module, ll.AdapterLayer) for module in theirs.unet.modules())
+        theirs.unload_lora_weights()
+    finally:
+        ll.unpatch_diffusers()

@@ -1,5 +1,6 @@
 """patch_diffusers(): diffusers' own classes do it, without peft, and unpatching leaves no trace."""
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import FluxLoraLoaderMixin, lora_base, lora_pipeline
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
-from tiny_models import Made, adapter_file, add_changes, bits, changed_bits, components_of, pipeline, render
+from tiny_models import DENOISERS, Made, adapter_file, add_changes, bits, changed_bits, components_of, pipeline, render
 from torch import nn
 
 import lora_loaders as ll
+from lora_loaders.integrations import patching
 from lora_loaders.layout import shared_of
 
 pytestmark = pytest.mark.parity
@@ -154,7 +156,7 @@ def test_functions_that_modules_hold_by_name_scale_our_layers() -> None:
 def test_pipelines_and_models_without_any_support_get_it_and_later_classes_too() -> None:
     without: Any = diffusers.PixArtSigmaPipeline
     assert not issubclass(without, lora_base.LoraBaseMixin)
-    assert without.load_lora_weights is diffusers.FluxPipeline.load_lora_weights
+    assert inspect.unwrap(without.load_lora_weights) is inspect.unwrap(diffusers.FluxPipeline.load_lora_weights)
 
     class LaterModel(diffusers.ModelMixin, ConfigMixin):
         config_name = "config.json"
@@ -195,7 +197,7 @@ def test_text_encoders_take_our_configuration_and_leave_others_to_transformers()
     assert encoder.active_adapters() == ["mine"]
     assert all("q_proj.lora_" in key for key in encoder.get_adapter_state_dict("mine"))
     encoder.delete_adapter("mine")
-    with pytest.raises((ImportError, TypeError)):  # what transformers says without, and with peft
+    with pytest.raises((ImportError, TypeError, ValueError)):  # what transformers says without, and with peft
         encoder.add_adapter(object(), "theirs")
 
 
@@ -230,8 +232,54 @@ def test_saving_a_whole_pipeline_writes_plain_keys_and_says_what_it_leaves_out(
 def test_the_mixins_that_are_patched_are_diffusers_own() -> None:
     ll.patch_diffusers()
     try:
-        assert "load_lora_weights" not in vars(lora_pipeline.WanLoraLoaderMixin)
+        loads = vars(lora_pipeline.WanLoraLoaderMixin)["load_lora_weights"]
+        assert inspect.unwrap(loads) is ll.LoraPipelineMixin.load_lora_weights
         assert lora_pipeline.WanLoraLoaderMixin.transformer_name == "transformer"
     finally:
         ll.unpatch_diffusers()
-    assert "load_lora_weights" in vars(lora_pipeline.WanLoraLoaderMixin)
+    assert vars(lora_pipeline.WanLoraLoaderMixin)["load_lora_weights"].__module__ == lora_pipeline.__name__
+
+
+@pytest.mark.parametrize("methods", [patching.PIPELINE, patching.MODEL])
+def test_no_function_that_is_put_on_another_class_asks_for_its_own(methods: dict[str, Any]) -> None:
+    """`super()` and `__class__` are variables of the class body, and wrong anywhere else."""
+    functions: dict[str, Any] = {}
+    for name, value in methods.items():
+        found = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        functions[name] = getattr(found, "_function", found)  # of `class_or_instance`
+    bound = [
+        name
+        for name, found in functions.items()
+        if inspect.isfunction(found) and "__class__" in found.__code__.co_freevars
+    ]
+    assert functions
+    assert bound == []
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("family", ["sd15", "flux1"])
+@pytest.mark.parametrize("loads_first", [True, False])
+def test_joined_projections_of_a_patched_model_heed_adapters(family: str, loads_first: bool) -> None:
+    pipe, plain = pipeline(family), pipeline(family)
+    denoiser = getattr(pipe, DENOISERS[family])
+    made = adapter_file(pipe, components=[DENOISERS[family]])
+    without = render(plain)
+    add_changes(plain, made)
+    if not loads_first:
+        denoiser.fuse_qkv_projections()
+    pipe.load_lora_weights(made.tensors, adapter_name="a")
+    if loads_first:
+        denoiser.fuse_qkv_projections()
+    torch.testing.assert_close(render(pipe), render(plain), rtol=1e-3, atol=1e-4)
+    denoiser.unfuse_qkv_projections()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(render(pipe), without)
+
+
+@pytest.mark.usefixtures("patched")
+def test_a_model_has_no_method_that_diffusers_does_not_give_it() -> None:
+    assert not hasattr(diffusers.AutoencoderTiny, "fuse_qkv_projections")
+    assert not hasattr(ll.attach(diffusers.AutoencoderTiny()), "fuse_qkv_projections")
+    joined = pipeline("flux1").transformer
+    joined.fuse_qkv_projections()  # without any adapter
+    assert hasattr(joined.transformer_blocks[0].attn, "to_qkv")

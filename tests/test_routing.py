@@ -51,7 +51,12 @@ def keys(path: str = PATH, width: int = 24, prefix: str = "transformer") -> dict
         ("wan2.2_t2v_A14b_high_noise_lora.safetensors", "high"),
         ("Wan2.2-Lightning-low-noise.safetensors", "low"),
         ("style-LowNoise-v2.safetensors", "low"),
-        ("style_HIGH.safetensors", "high"),
+        ("style_HIGH.safetensors", None),
+        ("low_rank.safetensors", None),
+        ("wan_low_light.safetensors", None),
+        ("fp8_low.safetensors", None),
+        ("low_vram_high_noise.safetensors", "high"),
+        ("wan2.2_t2v_lownoise_rank64.safetensors", "low"),
         ("style-LN.safetensors", "low"),
         ("HN_style.safetensors", "high"),
         ("wan22_lowNoise_000001.safetensors", "low"),
@@ -76,6 +81,30 @@ def test_a_file_goes_where_its_name_says(tmp_path: Path, name: str, component: s
     report = pipe.load_lora_weights(file, adapter_name="a")
     assert pipe.get_list_adapters() == {component: ["a"]}
     assert report.components == {component: 1}
+
+
+def test_a_hot_swap_for_one_transformer_leaves_the_other_one_alone(tmp_path: Path) -> None:
+    pipe = Wan(wan(), wan())
+    files = {level: tmp_path / f"{level}_noise.safetensors" for level in ("high", "low")}
+    made = {level: keys() for level in files}
+    for level, file in files.items():
+        safetensors.torch.save_file(made[level], file)
+    pipe.load_lora_weights(files["low"], adapter_name="l")
+    pipe.load_lora_weights(files["high"], adapter_name="l")
+
+    def change(model: Any) -> Tensor:
+        (layer,) = [module for module in model.modules() if isinstance(module, ll.AdapterLayer)]
+        return layer.delta("l").delta_weight()
+
+    for level, name in (("high", "transformer"), ("low", "transformer_2")):
+        made[level] = keys()
+        safetensors.torch.save_file(made[level], files[level])
+        pipe.load_lora_weights(files[level], adapter_name="l", hotswap=True)
+        assert pipe.get_list_adapters() == {"transformer": ["l"], "transformer_2": ["l"]}
+        up, down = (made[level][f"transformer.{PATH}.lora_{side}.weight"] for side in "BA")
+        torch.testing.assert_close(change(getattr(pipe, name)), up @ down)
+    pipe.load_lora_weights(keys(), adapter_name="l", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer": ["l"], "transformer_2": ["l"]}
 
 
 def test_an_argument_goes_before_the_name(tmp_path: Path) -> None:

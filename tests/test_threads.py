@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_compile import INPUTS
 from tiny_models import adapter_file, components_of, flux, pipeline
 from torch import Tensor, nn
 
@@ -233,3 +234,41 @@ def test_the_gate_is_no_part_of_the_model() -> None:
     assert gate_of(model) is not gate_of(twin)
     assert not any(isinstance(value, Gate) for value in vars(model).values())
     assert pickle.loads(pickle.dumps(model)) is not None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_thread_has_the_scale_of_its_own_call(compiled: bool) -> None:
+    """No forward is scaled as another thread's, and none is a mixture; compiled code reads one tensor for all."""
+    torch._dynamo.reset()
+    model: Any = ll.attach(flux())
+    model.load_lora_adapter(adapter_file(pipeline("flux1"), components=["transformer"]).tensors, adapter_name="a")
+    if compiled:
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    scales = (None, 0.0, 0.5)
+
+    def forward(scale: float | None) -> Tensor:
+        with torch.no_grad():
+            return model(**INPUTS, joint_attention_kwargs=None if scale is None else {"scale": scale})[0]
+
+    expected = {scale: forward(scale) for scale in scales}
+    assert not torch.equal(expected[None], expected[0.5])
+    wrong: list[float | None] = []
+
+    def run(scale: float | None) -> None:
+        wrong.extend(scale for _ in range(20) if not torch.equal(forward(scale), expected[scale]))
+
+    together(*(lambda scale=scale: run(scale) for scale in scales))
+    assert wrong == []
+    assert torch.equal(forward(None), expected[None])
+
+
+def test_adapters_that_go_in_a_scaled_forward_leave_no_thread_waiting() -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(1), adapter_name="a", prefix=None)
+    x = torch.ones(1, 4)
+    with torch.no_grad():
+        model.between = model.unload_lora
+        model(x)
+        model.between = lambda: None
+        together(lambda: model(x), lambda: model(x))
+    assert gate_of(model)._scaled == {}

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_loaders.errors import AdapterStateError
-from lora_loaders.weights import by_path, check_components, for_component, one_each
+from lora_loaders.weights import by_path, for_component, nested, one_each
 
 PATHS = [
     "conv_in",
@@ -44,10 +44,21 @@ def test_a_dictionary_by_component_gives_each_component_its_part() -> None:
 
 
 def test_an_unknown_component_is_an_error_and_no_silence() -> None:
+    paths = {"unet": PATHS, "text_encoder": []}
     with pytest.raises(AdapterStateError, match="transformer"):
-        check_components({"unet": 1.0, "transformer": 0.5}, ["unet", "text_encoder"])
-    check_components({"unet": 1.0}, ["unet"])
-    check_components(0.5, ["unet"])
+        nested({"unet": 1.0, "transformer": 0.5}, paths)
+    assert nested({"unet": 1.0}, paths) == {"unet": 1.0}
+    assert nested(0.5, paths) == 0.5
+
+
+def test_blocks_without_a_component_go_to_the_one_that_has_them() -> None:
+    paths = {"transformer": FLUX, "text_encoder": ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]}
+    assert nested({"transformer_blocks.1": 0.5}, paths) == {"transformer": {"transformer_blocks.1": 0.5}}
+    assert nested({r"layers\.\d": 0.5}, paths) == {"text_encoder": {r"layers\.\d": 0.5}}
+    for weight in ({r".*to_q|.*q_proj": 0.5}, {"nowhere": 0.5}, {"down": 0.5}):
+        with pytest.raises(AdapterStateError, match="under their component"):
+            nested(weight, paths)
+    assert nested({"down": 0.5}, {"unet": PATHS, "text_encoder": FLUX}) == {"unet": {"down": 0.5}}
 
 
 def test_unet_parts_blocks_and_layers_are_told_apart() -> None:
@@ -62,7 +73,11 @@ def test_absent_parts_keep_one() -> None:
 
 @pytest.mark.parametrize("weights", [
     {"down": {"block_7": 0.5}},
-    {"down": {"block_0": [0.5]}},
+    {"down": {"block_0": [0.5, 0.6, 0.7]}},
+    {"down": {"block_0": []}},
+    {"down": [0.5, 0.6, 0.7]},
+    {"mid": []},
+    {"mid": [0.5, 0.5]},
     {"up": {"blocks": 0.5}},
     {"mid": "much"},
     {"mid": {"block_0": 0.5}},
@@ -70,6 +85,21 @@ def test_absent_parts_keep_one() -> None:
 def test_a_unet_entry_that_means_nothing_is_an_error(weights: dict[str, object]) -> None:
     with pytest.raises(AdapterStateError):
         by_path(weights, PATHS)
+
+
+def test_a_list_with_one_number_holds_for_all_layers_as_diffusers_has_it() -> None:
+    assert by_path({"down": [0.5], "mid": [0.2], "up": {"block_1": [0.3]}}, PATHS) == by_path(
+        {"down": 0.5, "mid": 0.2, "up": {"block_1": 0.3}}, PATHS
+    )
+
+
+def test_a_list_has_as_many_numbers_as_the_model_has_layers_adapted_or_not() -> None:
+    assert by_path({"down": {"block_0": [0.1, 0.2]}}, PATHS[:2], PATHS) == {PATHS[0]: 1.0, PATHS[1]: 0.1}
+
+
+def test_blocks_of_a_unet_mean_nothing_elsewhere() -> None:
+    with pytest.raises(AdapterStateError, match="blocks of a UNet"):
+        by_path({"down": 0.0}, FLUX)
 
 
 FLUX = [f"transformer_blocks.{i}.attn.{name}" for i in range(12) for name in ("to_q", "to_k")]

@@ -11,20 +11,21 @@ class Changes:
     """What was put where, and what stood there; owners are classes or modules."""
 
     done: list[tuple[Any, str, Any]] = field(default_factory=list[tuple[Any, str, Any]])
+    _places: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
+
+    def has(self, owner: Any, name: str) -> bool:
+        """Whether something was put there."""
+        return (id(owner), name) in self._places
 
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of the owner itself."""
         self.done.append((owner, name, vars(owner).get(name, ABSENT)))
+        self._places.add((id(owner), name))
         setattr(owner, name, value)
-
-    def take(self, owner: Any, name: str) -> None:
-        """Delete an attribute of the owner itself, so that an inherited one shows; does nothing if it has none."""
-        if name in vars(owner):
-            self.done.append((owner, name, vars(owner)[name]))
-            delattr(owner, name)
 
     def undo(self) -> None:
         """Take everything back, the last change first."""
+        self._places.clear()
         while self.done:
             owner, name, before = self.done.pop()
             if before is not ABSENT:

@@ -25,30 +25,23 @@ CALLBACK = "callback_on_step_end"
 INPUTS = "callback_on_step_end_tensor_inputs"
 
 
-def following(call: Callable[..., Any], models_of: Callable[[Any], Sequence[nn.Module]]) -> Callable[..., Any]:
-    """A pipeline class's `__call__` in which scheduled weights follow the denoising.
-
-    Args:
-        call: the method.
-        models_of: the pipeline's models that can carry an adapter.
-    """
-
-    @functools.wraps(call)
-    def run(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
-        models = [model for model in models_of(pipeline) if _schedules(model)]
-        if not models:
-            return call(pipeline, *args, **kwargs)
-        try:
-            if CALLBACK in inspect.signature(call).parameters:
-                given = inspect.signature(call).bind_partial(pipeline, *args, **kwargs)
-                given.arguments.update(_composed(pipeline, models, given.arguments))
-                return call(*given.args, **given.kwargs)
-            with _counted(_scheduler(pipeline), models):
-                return call(pipeline, *args, **kwargs)
-        finally:
-            _go(models, START)
-
-    return run
+def follow_call(
+    pipeline: Any, call: Callable[..., Any], models: Sequence[nn.Module], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """A pipeline's call, `call`, in which the scheduled weights of these models follow the denoising."""
+    models = [model for model in models if _schedules(model)]
+    if not models:
+        return call(*args, **kwargs)
+    try:
+        signature = inspect.signature(call)
+        if CALLBACK in signature.parameters:
+            given = signature.bind_partial(*args, **kwargs)
+            given.arguments.update(_composed(pipeline, models, given.arguments))
+            return call(*given.args, **given.kwargs)
+        with _counted(_scheduler(pipeline), models):
+            return call(*args, **kwargs)
+    finally:
+        _go(models, START)
 
 
 def _schedules(model: nn.Module) -> bool:

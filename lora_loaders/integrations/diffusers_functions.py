@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 import lora_loaders.activity as activity
-from lora_loaders.layout import shared_of
+from lora_loaders.layout import is_foreign, shared_of
 from lora_loaders.loading import adapter_names
 from lora_loaders.weights import number
 
@@ -20,11 +20,10 @@ def _for_ours(ours: Function) -> Callable[[Function], Function]:
 
     def replace(original: Function) -> Function:
         def function(model: nn.Module, *args: Any, **options: Any) -> Any:
-            # A model without any adapter needs nothing, and the original would import peft for that.
-            if shared_of(model) is None and not adapter_names(model):
-                return model if ours is _unload else None
-            chosen = ours if shared_of(model) is not None else original
-            return chosen(model, *args, **options)
+            # Ours does nothing to a model without any adapter; the original would import peft for that.
+            if is_foreign(model):
+                return original(model, *args, **options)
+            return ours(model, *args, **options)
 
         return function
 

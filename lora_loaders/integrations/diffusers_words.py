@@ -26,7 +26,7 @@ OF_BASE = logging.getLogger("diffusers.loaders.lora_base")
 OF_KEYS = logging.getLogger("diffusers.utils.peft_utils")
 KNOWN = (*HUB_OPTIONS, *ACCEPTED, "strict", "weight_name", "use_safetensors")
 UNSUPPORTED = "Unsupported keys found in state dict when trying to load normalization layers: %s"
-ROUTES = ("load_into_transformer_2", "load_into_transformer_ref")
+ROUTES = ("load_into_transformer_2",)
 
 
 def _goes_on(error: NothingFitsError | UnknownFormatError) -> bool:
@@ -68,7 +68,12 @@ def _tell(report: LoadReport) -> LoadReport:
 
 @functools.wraps(LoraPipelineMixin.load_lora_weights)
 def load_lora_weights(
-    self: Any, source: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any
+    self: Any,
+    pretrained_model_name_or_path_or_dict: Any,
+    adapter_name: str | None = None,
+    hotswap: bool = False,
+    load_into_transformer_ref: bool | None = None,
+    **options: Any,
 ) -> LoadReport:
     """Warn of options that nobody knows, and of a file in which nothing fits."""
     unknown = [name for name in options if name not in (*KNOWN, *ROUTES)]
@@ -77,8 +82,10 @@ def load_lora_weights(
     given = {name: value for name, value in options.items() if name not in unknown}
     # diffusers reads a pickle where nobody forbids it; so does this, with torch's weights-only reader.
     given["use_safetensors"] = bool(given.get("use_safetensors"))
+    source = pretrained_model_name_or_path_or_dict
+    order = (adapter_name, hotswap, load_into_transformer_ref)
     try:
-        return _tell(LoraPipelineMixin.load_lora_weights(self, source, adapter_name, hotswap, **given))
+        return _tell(LoraPipelineMixin.load_lora_weights(self, source, *order, **given))
     except (NothingFitsError, UnknownFormatError) as error:
         if not _goes_on(error) or given.get("strict"):
             raise
@@ -117,10 +124,15 @@ def _means(pipeline: Any, key: str) -> bool:
 
 @functools.wraps(LoraModelMixin.load_lora_adapter)
 def load_lora_adapter(
-    self: Any, source: Any, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
+    self: Any,
+    pretrained_model_name_or_path_or_dict: Any,
+    prefix: str | None = "transformer",
+    hotswap: bool = False,
+    **options: Any,
 ) -> LoadReport:
     """Warn of a file in which nothing fits."""
     known = {name: value for name, value in options.items() if name not in ("_pipeline", "safe_serialization")}
+    source = pretrained_model_name_or_path_or_dict
     try:
         return _tell(LoraModelMixin.load_lora_adapter(self, source, prefix, hotswap, **known))
     except (NothingFitsError, UnknownFormatError) as error:

@@ -8,26 +8,21 @@ peft's own layers go on with peft's own functions.
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
+from lora_loaders.mixins.around import around_own
 from lora_loaders.mixins.component_loading import ComponentLoadingMixin
 from lora_loaders.mixins.model import LoraModelMixin
-from lora_loaders.mixins.pipeline import LoraPipelineMixin, components_of, models_of, text_encoders
+from lora_loaders.mixins.pipeline import LoraBlocksMixin, LoraPipelineMixin
 from lora_loaders.mixins.pipeline_saving import SavingMixin
-from lora_loaders.saving import as_plain
 
 from .changes import Changes
-from .denoising import following
 from .diffusers_functions import FUNCTIONS
 from .diffusers_words import MODEL_WORDS, PIPELINE_WORDS
-from .scale import encode_scaled
+from .foreign import heeding
 from .text_encoder_methods import METHODS
 
 _changes = Changes()
-
-# These call the class's own method through `super()` and wrap it instead, once for each class that defines one.
-WRAPPED = ("encode_prompt", "save_pretrained")
 
 
 def _methods(*classes: type) -> dict[str, Any]:
@@ -35,13 +30,25 @@ def _methods(*classes: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cls in classes:
         for name, value in vars(cls).items():
-            if not name.startswith(("__", "_abc_")) and name not in WRAPPED:
+            if isinstance(value, around_own) or not name.startswith(("__", "_abc_")):
                 found.setdefault(name, value)
     return found
 
 
-PIPELINE = _methods(LoraPipelineMixin, ComponentLoadingMixin, SavingMixin) | PIPELINE_WORDS
-MODEL = _methods(LoraModelMixin) | MODEL_WORDS
+def _copied(methods: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in methods.items() if not isinstance(value, around_own)}
+
+
+def _around(methods: dict[str, Any]) -> dict[str, around_own]:
+    """Those that wrap the class's own method, once for each class that defines one."""
+    return {name: value for name, value in methods.items() if isinstance(value, around_own)}
+
+
+_OF_PIPELINES, _OF_MODELS = _methods(LoraPipelineMixin, ComponentLoadingMixin, SavingMixin), _methods(LoraModelMixin)
+PIPELINE = _copied(_OF_PIPELINES) | PIPELINE_WORDS
+MODEL = _copied(_OF_MODELS) | MODEL_WORDS
+AROUND_PIPELINE, AROUND_MODEL = _around(_OF_PIPELINES), _around(_OF_MODELS)
+AROUND_BLOCKS = _around(_methods(LoraBlocksMixin))
 
 
 def patch_diffusers() -> None:
@@ -85,25 +92,25 @@ def _patch() -> None:
     from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    _put_all(lora_base.LoraBaseMixin, PIPELINE)
-    for mixin in _subclasses(lora_base.LoraBaseMixin):
-        if mixin.__module__ == lora_pipeline.__name__:
-            for name in PIPELINE.keys() & vars(mixin).keys():
-                if not isinstance(vars(mixin)[name], str):  # `unet_name` and its like are the mixin's own
-                    _changes.take(mixin, name)
-    _put_all(PeftAdapterMixin, MODEL)
-    equip_pipeline = functools.partial(_equip_pipeline, lora_base.LoraBaseMixin)
-    _equip_all(DiffusionPipeline, equip_pipeline)
-    _equip_all(ModularPipeline, equip_pipeline)
-    _equip_all(ModularPipelineBlocks, _equip_blocks)
-    _equip_all(ModelMixin, functools.partial(_equip_model, PeftAdapterMixin))
+    for mixin in (lora_base.LoraBaseMixin, *_subclasses(lora_base.LoraBaseMixin)):
+        if mixin.__module__ in (lora_base.__name__, lora_pipeline.__name__):
+            _put_over(mixin, PIPELINE, everything=mixin is lora_base.LoraBaseMixin)
+    _put_over(PeftAdapterMixin, MODEL, everything=True)
+    of_pipeline = functools.partial(_equip, lora_base.LoraBaseMixin, PIPELINE, AROUND_PIPELINE)
+    _equip_all(DiffusionPipeline, of_pipeline)
+    _equip_all(ModularPipeline, of_pipeline)
+    _equip_all(ModularPipelineBlocks, functools.partial(_equip, object, {}, AROUND_BLOCKS))
+    _equip_all(ModelMixin, functools.partial(_equip, PeftAdapterMixin, MODEL, AROUND_MODEL))
     _patch_text_encoders()
     _patch_functions()
 
 
-def _put_all(cls: type, methods: dict[str, Any]) -> None:
+def _put_over(cls: type, methods: dict[str, Any], *, everything: bool) -> None:
+    """Put methods where a class of diffusers has its own, which go on for peft's layers; or all of them."""
     for name, value in methods.items():
-        _changes.put(cls, name, value)
+        own = vars(cls).get(name)
+        if everything or (own is not None and not isinstance(own, str)):  # `unet_name` and its like are the mixin's own
+            _changes.put(cls, name, heeding(name, value, own))
 
 
 def _subclasses(cls: type) -> Iterator[type]:
@@ -126,61 +133,17 @@ def _equip_all(base: type, equip: Callable[[type, type], None]) -> None:
     _changes.put(base, "__init_subclass__", classmethod(__init_subclass__))
 
 
-def _equip_pipeline(lora_mixin: type, base: type, cls: type) -> None:
-    """Wrap a pipeline's `__call__`, `encode_prompt` and `save_pretrained`; give it methods if diffusers gives none."""
-    own = vars(cls)
-    if "__call__" in own:
-        _changes.put(cls, "__call__", following(own["__call__"], models_of))
-    encode = own.get("encode_prompt")
-    if callable(encode):
-        _changes.put(cls, "encode_prompt", _scaling(encode))
-    if "save_pretrained" in own:
-        _changes.put(cls, "save_pretrained", _saving(own["save_pretrained"]))
-    if cls is not base and not issubclass(cls, lora_mixin):
-        _put_all(cls, {name: value for name, value in PIPELINE.items() if not hasattr(cls, name)})
-
-
-def _equip_blocks(base: type, cls: type) -> None:
-    """Wrap a modular block's static `encode_prompt(components, …)`."""
-    encode = vars(cls).get("encode_prompt")
-    if isinstance(encode, staticmethod):
-        _changes.put(cls, "encode_prompt", staticmethod(_scaling(encode.__func__)))
-
-
-def _equip_model(lora_mixin: type, base: type, cls: type) -> None:
-    """Wrap a model's `save_pretrained`; give it the methods if diffusers gives it none."""
-    save = vars(cls).get("save_pretrained")
-    if save is not None:
-
-        @functools.wraps(save)
-        def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-            with as_plain(self):
-                return save(self, *args, **options)
-
-        _changes.put(cls, "save_pretrained", save_pretrained)
-    if cls is not base and not issubclass(cls, lora_mixin):
-        _put_all(cls, {name: value for name, value in MODEL.items() if not hasattr(cls, name)})
-
-
-def _scaling(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """`encode_prompt` of a pipeline, or of a block over a pipeline, with `lora_scale` honoured."""
-
-    @functools.wraps(encode)
-    def encode_prompt(pipeline: Any, *args: Any, **options: Any) -> Any:
-        return encode_scaled(text_encoders(pipeline), functools.partial(encode, pipeline), *args, **options)
-
-    return encode_prompt
-
-
-def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-        with ExitStack() as stack:
-            for model in components_of(self).values():
-                stack.enter_context(as_plain(model))
-            return save(self, *args, **options)
-
-    return save_pretrained
+def _equip(mixin: type, methods: dict[str, Any], around: dict[str, around_own], base: type, cls: type) -> None:
+    """Wrap what a class and its parents define; give it the methods if diffusers gives it none."""
+    for owner in cls.__mro__:
+        if issubclass(owner, base) or owner.__module__.split(".")[0] == "diffusers":
+            for name in around.keys() & vars(owner).keys():
+                if not _changes.has(owner, name):
+                    _changes.put(owner, name, around[name].over(vars(owner)[name]))
+    if cls is not base and not issubclass(cls, mixin):
+        for name, value in methods.items():
+            if not hasattr(cls, name):
+                _changes.put(cls, name, heeding(name, value, None))
 
 
 def _patch_text_encoders() -> None:
@@ -194,7 +157,9 @@ def _patch_text_encoders() -> None:
         if original is not None:
             _changes.put(PeftAdapterMixin, name, functools.wraps(original)(replacement(original)))
     # Only what those methods lean on: public names would make plain models look like peft's.
-    _put_all(PeftAdapterMixin, {name: value for name, value in MODEL.items() if name.startswith("_")})
+    for name, value in MODEL.items():
+        if name.startswith("_"):
+            _changes.put(PeftAdapterMixin, name, value)
 
 
 def _patch_functions() -> None:

@@ -7,89 +7,125 @@ error.
 
 import inspect
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_loaders.attaching import RESERVED_RANK
+from lora_loaders.gates import gate_of
 from lora_loaders.layers.shared import Shared
 from lora_loaders.layers.slots import refresh
-from lora_loaders.layout import shared_of
+from lora_loaders.layout import CONFIGS, is_foreign, shared_of
 from lora_loaders.weights import number
 
 SPELLINGS = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
 
+HOOKS = "_lora_scale_hooks"
+"""Where a model keeps the handles of the hooks that take the scale."""
+
+
 def watch_scale(model: nn.Module) -> None:
     """Let this model's forward take the scale; does nothing if it does already."""
-    shared = shared_of(model)
-    if shared is None or shared.hooks:
-        return
-    shared.hooks += [
-        model.register_forward_pre_hook(_take_scale, with_kwargs=True),
-        model.register_forward_hook(_drop_scale, always_call=True),
-    ]
+    if HOOKS not in vars(model):
+        vars(model)[HOOKS] = [
+            model.register_forward_pre_hook(_take_scale, with_kwargs=True),
+            model.register_forward_hook(_drop_scale, always_call=True),
+        ]
 
 
 def unwatch_scale(model: nn.Module) -> None:
     """Take the hooks away again."""
-    shared = shared_of(model)
-    for hook in shared.hooks if shared else ():
+    for hook in vars(model).pop(HOOKS, ()):
         hook.remove()
-    if shared:
-        shared.hooks.clear()
+    gate_of(model).forget_scale()
+
+
+def _own_shared(model: nn.Module) -> Shared | None:
+    """`shared_of`, without a walk over all modules where nothing is loaded and no room is reserved."""
+    loaded = getattr(model, RESERVED_RANK, None) is not None or hasattr(model, CONFIGS)
+    return shared_of(model) if loaded else None
 
 
 def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    shared = shared_of(model)
-    # Traced as a whole, the scale stays within the graph: nothing is left of it outside, whatever happens.
-    in_graph = shared is not None and torch.compiler.is_compiling() and not shared.parameters
-    if shared is not None and not in_graph:
-        # A text encoder runs several times within one scaled `encode_prompt`: what held before must hold afterwards.
-        shared.outer_scale = shared.scale
-    for spelling in SPELLINGS:
-        given = kwargs.get(spelling)
-        if given is not None and "scale" in given:
-            rest = {key: value for key, value in given.items() if key != "scale"}
-            scale = 1.0 if given["scale"] is None else given["scale"]
-            if shared is not None and in_graph:
-                shared.traced = scale
-            elif shared is not None:
-                set_scale(shared, float(scale))
-            # None is what the model gets without a scale: compiled blocks need not tell the two apart.
-            return args, {**kwargs, spelling: rest or None}
-    return None
+    shared = _own_shared(model)
+    spelling = next((s for s in SPELLINGS if kwargs.get(s) is not None and "scale" in kwargs[s]), None)
+    given = None if spelling is None else kwargs[spelling]["scale"]
+    if shared is not None and torch.compiler.is_compiling() and not shared.parameters:
+        # Traced as a whole, the scale stays within the graph: nothing is left of it outside, whatever happens.
+        shared.traced = given if given is not None else shared.traced
+    elif shared is not None:
+        # A text encoder runs several times within one scaled `encode_prompt`: what holds there holds without a word.
+        _enter(model, shared, shared.scale if given is None else float(given))
+    if spelling is None:
+        return None
+    rest = {key: value for key, value in kwargs[spelling].items() if key != "scale"}
+    # None is what the model gets without a scale: compiled blocks need not tell the two apart.
+    return args, {**kwargs, spelling: rest or None}
 
 
 def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
-    shared = shared_of(model)
-    if shared is not None and shared.traced is not None:
+    shared = _own_shared(model)
+    if shared is not None and torch.compiler.is_compiling() and not shared.parameters:
         shared.traced = None
-    elif shared is not None and not torch.compiler.is_compiling():
-        set_scale(shared, shared.outer_scale)
-        shared.outer_scale = 1.0
+    elif not torch.compiler.is_compiling():
+        _leave(model, shared)
+
+
+def _enter(model: nn.Module, shared: Shared, scale: float) -> None:
+    outer, shared.scale = shared.scale, scale
+    is_common = partial(_is_common, model, shared)
+    gate_of(model).enter_scale(scale, outer, partial(_write, shared), is_common)
+
+
+def _leave(model: nn.Module, shared: Shared | None) -> None:
+    gate = gate_of(model)
+    outer = gate.leave_scale()
+    if shared is None:  # the last adapter went in the middle of this forward
+        gate.forget_scale()
+        return
+    shared.scale = outer
+    gate.left_scale(outer, partial(_write, shared))
+
+
+def _is_common(model: nn.Module, shared: Shared) -> bool:
+    return bool(shared.parameters) or _is_compiled(model)
+
+
+def _write(shared: Shared, scale: float) -> None:
+    shared.factor.fill_(scale)
+    if shared.parameters:  # their values hold the scale; what a forward of ours computes does not
+        refresh(shared.parameters)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model runs compiled code: by its own `compile`, or wrapped by `torch.compile`."""
+    modules = model.modules()
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)  # type: ignore[attr-defined]
 
 
 def set_scale(shared: Shared, scale: float) -> None:
-    """Multiply all contributions of a model's adapters by this."""
-    changed = scale != shared.scale
-    shared.set_scale(scale)
-    if changed and shared.parameters:  # their values hold the scale; what a forward of ours computes does not
-        refresh(shared.parameters)
+    """Multiply all contributions of a model's adapters in this thread by this, until it is set again."""
+    if scale != shared.scale:
+        shared.scale = scale
+        _write(shared, scale)
 
 
 @contextmanager
 def scaled(models: Iterable[nn.Module], scale: float) -> Generator[None]:
     """The models' adapters times a factor for as long as the block lasts, whatever happens in it."""
-    before = [(shared, shared.scale) for model in models if (shared := shared_of(model)) is not None]
-    for shared, _ in before:
-        set_scale(shared, scale)
-    try:
+    # In one order everywhere, so that two blocks over the same two models never wait for each other.
+    ordered = sorted({id(model): model for model in models}.values(), key=id)
+    with ExitStack() as stack:
+        for model in ordered:
+            shared = shared_of(model)
+            if shared is not None:
+                _enter(model, shared, scale)
+                stack.callback(_leave, model, shared)
         yield
-    finally:
-        for shared, held in before:
-            set_scale(shared, held)
 
 
 def encode_scaled(models: Iterable[nn.Module], encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +137,9 @@ def encode_scaled(models: Iterable[nn.Module], encode: Callable[..., Any], *args
         args: its arguments.
         kwargs: its arguments by name.
     """
+    models = list(models)
+    if any(map(is_foreign, models)):
+        return encode(*args, **kwargs)
     scale = kwargs.pop("lora_scale", None)
     given = inspect.signature(encode).bind_partial(*args, **kwargs)
     if "lora_scale" in given.arguments:

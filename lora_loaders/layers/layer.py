@@ -74,7 +74,6 @@ class AdapterLayer(PeftNames, AdapterStore):
         state.update(_versions=0, _stale=False)
         state["_modules"]["base_layer"] = base_layer
         state["_buffers"].update(dict.fromkeys(self.SLOTS))
-        state["_non_persistent_buffers_set"].update(self.SLOTS)
 
     # Adapters
 
@@ -122,17 +121,24 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     # State
 
+    # accelerate looks up every buffer that is listed as not persistent and expects a tensor: empty ones are not listed.
+
     def set_slot(self, slot: str, value: Tensor | None) -> None:
         """Put a buffer in a slot, without the checks of attribute assignment."""
-        self._buffers[slot] = value
+        self.clear_slots((slot,))
+        if value is not None:
+            self._buffers[slot] = value
+            self._non_persistent_buffers_set.add(slot)
 
     def clear_slots(self, slots: Sequence[str]) -> None:
         """Empty these slots."""
         self._buffers.update(dict.fromkeys(slots))
+        self._non_persistent_buffers_set.difference_update(slots)
 
     def take_slot(self, down: Tensor | None, up: Tensor | None) -> None:
         """Let the low-rank slot be these, or let go of it."""
-        self._buffers.update(slot_down=down, slot_up=up)
+        self.set_slot("slot_down", down)
+        self.set_slot("slot_up", up)
 
     @property
     def contributing(self) -> list[tuple[str, float]]:

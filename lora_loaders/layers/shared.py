@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,13 +19,11 @@ class Shared:
     """What all adapter layers of one model have in common."""
 
     enabled: bool = True
-    scale: float = 1.0
-    """Factor of the forward at hand (`attention_kwargs={"scale": …}`)."""
-    outer_scale: float = 1.0
-    """The factor that holds again after the forward at hand."""
+    scales: dict[int, float] = field(default_factory=dict[int, float])
+    """Thread -> factor of its forward at hand (`attention_kwargs={"scale": …}`), where that is not 1."""
     factor: Tensor = field(default_factory=_one)
-    """`scale` as data, of shape (), on the CPU, from where kernels of any device take it as an argument: compiled code
-    reads it anew where it would recompile for another number."""
+    """A scale as data, of shape (), on the CPU, from where kernels of any device take it as an argument: compiled code
+    reads it anew where it would recompile for another number. All threads share it; see `Gate.enter_scale`."""
     traced: Any = None
     """The scale of a forward that is being traced as a whole, a number or a tensor; None outside such a trace."""
     schedules: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -38,8 +37,6 @@ class Shared:
     """Base parameters whose gradients were switched off for training an adapter."""
     parameters: list[Any] = field(default_factory=list[Any])
     """Layers of raw parameters, whose values hold the scale."""
-    hooks: list[Any] = field(default_factory=list[Any])
-    """Handles of the hooks that read the scale of a forward."""
 
     arrangements: dict[tuple[str, ...], Any] = field(default_factory=dict[tuple[str, ...], Any])
     """Active adapters -> how the slots are written for them, see `arrangement`; emptied when adapters come or go."""
@@ -47,11 +44,17 @@ class Shared:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "arrangements": {}}
 
-    def set_scale(self, scale: float) -> None:
-        """Let this be the scale, as a number and as data."""
-        if scale != self.scale:
-            self.scale = scale
-            self.factor.fill_(scale)
+    @property
+    def scale(self) -> float:
+        """The factor of this thread's forward at hand."""
+        return self.scales.get(get_ident(), 1.0) if self.scales else 1.0
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        if scale == 1.0:
+            self.scales.pop(get_ident(), None)
+        else:
+            self.scales[get_ident()] = scale
 
     @property
     def scale_to_compile(self) -> Any:

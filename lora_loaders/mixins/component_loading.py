@@ -10,7 +10,7 @@ from lora_loaders.files import Contents
 from lora_loaders.loading import LoadReport, family_of, load
 from lora_loaders.weights import number
 
-from .model import with_alphas
+from .model import of_component, with_alphas
 from .saving import family_of_class
 
 # What diffusers' methods take after the state dictionary, in their order.
@@ -41,11 +41,16 @@ class ComponentLoadingMixin:
             TypeError: an option of another name, or one that is given twice.
         """
         order = TRANSFORMER if args and isinstance(args[0], nn.Module) else TRANSFORMER_WITH_ALPHAS
-        return _load_into(cls, "transformer", state_dict, _by_name("load_lora_into_transformer", order, args, options))
+        return _load_into(cls, "transformer", state_dict, by_name("load_lora_into_transformer", order, args, options))
 
     @classmethod
     def load_lora_into_transformer_ref(
-        cls, state_dict: Mapping[str, Tensor], transformer_ref: nn.Module, prefix: str = "transformer", **options: Any
+        cls,
+        state_dict: Mapping[str, Tensor],
+        transformer_ref: nn.Module,
+        prefix: str = "transformer",
+        *args: Any,
+        **options: Any,
     ) -> LoadReport:
         """Load a state dictionary into MiniMax-H3's reference partition.
 
@@ -53,12 +58,14 @@ class ComponentLoadingMixin:
             state_dict: the adapter's tensors.
             transformer_ref: the partition.
             prefix: what the keys call it.
-            options: adapter_name, metadata, hotswap, and what else diffusers has.
+            args: (adapter_name, _pipeline, low_cpu_mem_usage, hotswap, metadata).
+            options: the same by name.
 
         Raises:
-            TypeError: an option of another name.
+            TypeError: an option of another name, or one that is given twice.
         """
-        named = _by_name("load_lora_into_transformer_ref", ("transformer_ref", *USUAL), (transformer_ref,), options)
+        given = (transformer_ref, *args)
+        named = by_name("load_lora_into_transformer_ref", ("transformer_ref", *USUAL), given, options)
         return _load_into(cls, prefix, state_dict, named, role="transformer_ref")
 
     @classmethod
@@ -77,7 +84,7 @@ class ComponentLoadingMixin:
             TypeError: an option of another name, or one that is given twice.
         """
         given = (text_conditioner, *args)
-        named = _by_name("load_lora_into_text_conditioner", ("text_conditioner", *USUAL), given, options)
+        named = by_name("load_lora_into_text_conditioner", ("text_conditioner", *USUAL), given, options)
         return _load_into(cls, "text_conditioner", state_dict, named)
 
     @classmethod
@@ -92,7 +99,7 @@ class ComponentLoadingMixin:
         Raises:
             TypeError: an option of another name, or one that is given twice.
         """
-        return _load_into(cls, "unet", state_dict, _by_name("load_lora_into_unet", UNET, args, options))
+        return _load_into(cls, "unet", state_dict, by_name("load_lora_into_unet", UNET, args, options))
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> LoadReport:
@@ -107,7 +114,7 @@ class ComponentLoadingMixin:
         Raises:
             TypeError: an option of another name, or one that is given twice.
         """
-        named = _by_name("load_lora_into_text_encoder", TEXT_ENCODER, args, options)
+        named = by_name("load_lora_into_text_encoder", TEXT_ENCODER, args, options)
         scale = number(named.get("lora_scale"))
         report = _load_into(cls, named.get("prefix") or "text_encoder", state_dict, named, role="text_encoder")
         if scale != 1.0:
@@ -115,18 +122,27 @@ class ComponentLoadingMixin:
         return report
 
 
-def _by_name(method: str, order: Sequence[str], args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(
+    method: str, order: Sequence[str], args: Sequence[Any], options: Mapping[str, Any], *, others: bool = False
+) -> dict[str, Any]:
     """The arguments by name.
+
+    Args:
+        method: what to call it in a message.
+        order: names of the arguments after the first one.
+        args: those that came by position.
+        options: those that came by name.
+        others: whether there may be other names.
 
     Raises:
         TypeError: an option of another name, or one that is given twice, or too many.
     """
     known = ", ".join(order)
     unknown = [name for name in options if name not in order]
-    if unknown:
+    if unknown and not others:
         raise TypeError(f"{method} has no options {', '.join(unknown)}; there are {known}")
     if len(args) > len(order):
-        raise TypeError(f"{method} takes at most state_dict, {known}; {len(args) + 1} were given")
+        raise TypeError(f"{method} takes at most {known}; {len(args)} were given")
     named = dict(zip(order, args, strict=False))
     twice = [name for name in named if name in options]
     if twice:
@@ -143,9 +159,8 @@ def _load_into(
     name = options.get("adapter_name")
     if name is not None:
         activity.check_string(name)
-    prefixed = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in state_dict.items()}
-    alphas: Mapping[str, float] = options.get("network_alphas") or {}
-    named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in alphas.items()}
+    prefixed = of_component(state_dict, component)
+    named = of_component(options.get("network_alphas") or {}, component)
     contents = with_alphas(Contents(prefixed), named, options.get("metadata"), component)
     hotswap = bool(options.get("hotswap"))
     # A text encoder does not tell its family; the pipeline's class does.

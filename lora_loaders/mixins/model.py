@@ -1,10 +1,11 @@
 """LoraModelMixin: every LoRA method of diffusers' models, over any `nn.Module`."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ import lora_loaders.activity as activity
 import lora_loaders.fusing as fusing
 from lora_loaders.adapter import Adapter
 from lora_loaders.combining.weighted import weighted_adapter
-from lora_loaders.errors import AdapterStateError, ConversionError
+from lora_loaders.errors import AdapterStateError, ConversionError, NothingFitsError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.files import Contents, read
 from lora_loaders.fuse_report import FuseReport
@@ -29,7 +30,12 @@ from lora_loaders.tuning.adding import add_adapter
 from lora_loaders.weights import number
 from lora_loaders.writing import write_adapter
 
+from .around import around_own
 from .saving import save, save_bare
+
+Value = TypeVar("Value")
+_NAMED = re.compile(r"(?:unet|transformer(?:_2|_ref)?|text_encoder(?:_\d)?|connectors|text_conditioner)\.")
+"""How the keys of a component begin in diffusers' files."""
 
 
 class LoraModelMixin(nn.Module):
@@ -80,6 +86,16 @@ class LoraModelMixin(nn.Module):
         if isinstance(contents, Contents):
             contents = with_alphas(contents, network_alphas, metadata, prefix)
         component, family = self._lora_component(prefix, families)
+        if isinstance(contents, Contents) and prefix is not None:
+            # The default is what diffusers calls most denoisers; a UNet's file has another name for it.
+            default = component if prefix == "transformer" else prefix
+            contents = replace(contents, tensors=of_component(contents.tensors, default, rename=False))
+            if not contents.tensors:
+                raise NothingFitsError(
+                    f"No LoRA keys associated to {type(self).__name__} found with the {prefix=}",
+                    mend="Pass the component's name in the file, or prefix=None where keys carry none.",
+                    state="Nothing was loaded or changed.",
+                )
         return load({component: self}, contents, name=adapter_name, family=family, strict=strict, hotswap=hotswap)
 
     def save_lora_adapter(
@@ -131,8 +147,7 @@ class LoraModelMixin(nn.Module):
             AdapterMismatchError: the configuration means no module.
         """
         activity.check_string(adapter_name)
-        if adapter_name in adapter_names(self):
-            raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        self._require_free(adapter_name)
         component, _ = self._lora_component(None)
         config = add_adapter(self, adapter_config, adapter_name, component)
         register(self, adapter_name, config)
@@ -159,8 +174,7 @@ class LoraModelMixin(nn.Module):
             AdapterStateError: the name is taken, or an adapter is not there.
             ConversionError: adapters that this way cannot combine.
         """
-        if adapter_name in adapter_names(self):
-            raise AdapterStateError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        self._require_free(adapter_name)
         if svd_clamp is not None:
             raise ConversionError("svd_clamp is not supported: clamped factors are no best approximation")
         names = activity.names_of(adapters)
@@ -237,7 +251,20 @@ class LoraModelMixin(nn.Module):
 
     def _require_adapters(self) -> None:
         if not adapter_names(self):
-            raise AdapterStateError("No adapter loaded. Please load an adapter first.")
+            raise AdapterStateError(
+                f"{type(self).__name__}: No adapter loaded. Please load an adapter first.",
+                mend="load_lora_adapter loads a file, add_adapter begins a new adapter.",
+                state="Nothing was changed.",
+            )
+
+    def _require_free(self, adapter_name: str) -> None:
+        if adapter_name in adapter_names(self):
+            raise AdapterStateError(
+                f"Adapter with name {adapter_name} already exists. Please use a different name.",
+                problems=[f"present: {name}" for name in adapter_names(self)],
+                mend="Or delete it first with delete_adapters.",
+                state="Nothing was changed.",
+            )
 
     # Fusing
 
@@ -274,20 +301,20 @@ class LoraModelMixin(nn.Module):
 
     # Joined projections
 
-    def fuse_qkv_projections(self) -> None:
+    @around_own
+    def fuse_qkv_projections(self, own: Callable[[], None]) -> None:
         """diffusers' own; the joined projections heed the adapters on their parts, and those that come."""
-        join: Callable[[], None] = super().fuse_qkv_projections  # type: ignore[misc]
         with changing([self], reads_bases=True):
-            join()
+            own()
             follow_parts(self)
 
     # Plain files
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    @around_own
+    def save_pretrained(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Save the base model under its plain keys, what is fused included and what is not fused left out."""
-        write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         with as_plain(self):
-            return write(save_directory, *args, **kwargs)
+            return own(*args, **kwargs)
 
 
 def read_source(source: Any, hub: HubOptions, use_safetensors: bool | None) -> Contents | Adapter:
@@ -313,3 +340,16 @@ def with_alphas(
         contents = replace(contents, tensors={**contents.tensors, **extra})
     own = {k.removeprefix(f"{component}."): v for k, v in (config or {}).items() if k.startswith(f"{component}.")}
     return replace(contents, config=own or config) if config else contents
+
+
+def of_component(values: Mapping[str, Value], component: str, *, rename: bool = True) -> dict[str, Value]:
+    """A component's own entries: those under its name and those under no component's.
+
+    Args:
+        values: by key.
+        component: the component's name.
+        rename: whether entries under no component's name are put under this one.
+    """
+    own = {key: value for key, value in values.items() if key.startswith(f"{component}.")}
+    bare = {key: value for key, value in values.items() if key not in own and not _NAMED.match(key)}
+    return {**own, **({f"{component}.{key}": value for key, value in bare.items()} if rename else bare)}

@@ -1,6 +1,7 @@
 """LoraPipelineMixin: every LoRA method of diffusers' pipelines, over whatever components a pipeline has."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
@@ -17,14 +18,15 @@ from lora_loaders.families import FAMILIES, Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
 from lora_loaders.hotswap import Targets, reserve
-from lora_loaders.integrations.denoising import following
+from lora_loaders.integrations.denoising import follow_call
 from lora_loaders.integrations.equipping import equip
 from lora_loaders.integrations.scale import encode_scaled
 from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.saving import as_plain
-from lora_loaders.weights import check_components, for_component, number, one_each
+from lora_loaders.weights import for_component, nested, number, one_each
 
+from .around import around_own
 from .component_loading import ComponentLoadingMixin
 from .model import LoraModelMixin, read_source
 from .pipeline_saving import SavingMixin, hub_options
@@ -49,6 +51,21 @@ def _at_once(method: Method) -> Method:
     return cast(Method, run)
 
 
+def warn_deprecated(method: str, prefix: str, options: Mapping[str, Any]) -> None:
+    """Say of `fuse_unet` and its like what diffusers says.
+
+    Raises:
+        TypeError: an option of another name.
+    """
+    known = [f"{prefix}{name}" for name in ("unet", "transformer", "text_encoder")]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"{method} has no options {', '.join(unknown)}")
+    for name in options:
+        text = f"Passing `{name}` to `{method}()` is deprecated and ignored. Please use the `components` argument."
+        warnings.warn(text, FutureWarning, stacklevel=4)
+
+
 def possible_components(pipeline: Any) -> list[str]:
     """Names under which a pipeline may have a model that can carry an adapter."""
     usual = [*DENOISERS, *(f"text_encoder{n}" for n in ("", "_2", "_3", "_4")), *BESIDE]
@@ -64,11 +81,6 @@ def components_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
 
-def models_of(pipeline: Any) -> list[nn.Module]:
-    """The models among `components_of`."""
-    return list(components_of(pipeline).values())
-
-
 def text_encoders(pipeline: Any) -> list[nn.Module]:
     """The models of a pipeline that encode prompts."""
     return [model for name, model in components_of(pipeline).items() if name.startswith("text_encoder")]
@@ -76,13 +88,6 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
 
 class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     """LoRA methods for a pipeline class: `class MyPipeline(LoraPipelineMixin, DiffusionPipeline): ...`."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Let weights follow the calls of the class, its own ones or those that it inherits."""
-        super().__init_subclass__(**options)
-        call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
-        if call is not None:
-            cls.__call__ = following(call, models_of)  # type: ignore[attr-defined]
 
     # What there is
 
@@ -140,12 +145,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor] | Adapter,
         adapter_name: str | None = None,
         hotswap: bool = False,
+        load_into_transformer_ref: bool | None = None,
         *,
         strict: bool = False,
         weight_name: str | None = None,
         use_safetensors: bool | None = None,
         load_into_transformer_2: bool | None = None,
-        load_into_transformer_ref: bool | None = None,
         families: Sequence[Family] = FAMILIES,
         **options: Any,
     ) -> LoadReport:
@@ -212,9 +217,11 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         """
         names = self._present(adapter_names)
         components = self.lora_components
-        weights = one_each(names, adapter_weights)
-        for weight in weights:
-            check_components(weight, components)
+        layers = {component: adapter_layers(model) for component, model in components.items()}
+        weights = [
+            nested(weight, {c: [path for path, layer in own if name in layer.templates] for c, own in layers.items()})
+            for name, weight in zip(names, one_each(names, adapter_weights), strict=True)
+        ]
         snapshots = {name: activity.snapshot(model) for name, model in components.items()}
         try:
             for component, model in components.items():
@@ -307,6 +314,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
+        **deprecated: Any,
     ) -> FuseReport:
         """Add adapters to the base weights, exactly undone by `unfuse_lora`.
 
@@ -315,11 +323,13 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             lora_scale: factor beside each adapter's own weight.
             safe_fusing: refuse if any fused weight would hold NaN or infinity.
             adapter_names: adapters to fuse, the active ones if None.
+            deprecated: `fuse_unet` and its like, of which diffusers warns, and which change nothing.
 
         Raises:
             AdapterStateError: an unknown component or name, or `safe_fusing` met NaN; nothing is fused then.
             UnsupportedBaseError: a base weight that cannot be written; nothing is fused then.
         """
+        warn_deprecated("fuse_lora", "fuse_", deprecated)
         models = self._chosen(components)
         names = None if adapter_names is None else self._present(adapter_names)
         scale = number(lora_scale)
@@ -334,12 +344,13 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         return adapter_names(model)
 
     @_at_once
-    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+    def unfuse_lora(self, components: Sequence[str] | None = None, **deprecated: Any) -> None:
         """Give the base weights back, to the bit, in all of these components or in none.
 
         Raises:
             AdapterStateError: an unknown component, or a weight that was changed since it was fused.
         """
+        warn_deprecated("unfuse_lora", "unfuse_", deprecated)
         fusing.unfuse_all(self._chosen(components))
 
     def _chosen(self, components: Sequence[str] | None) -> list[nn.Module]:
@@ -352,23 +363,39 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         unknown = [name for name in wanted if name not in possible]
         if unknown or not wanted:
             raise AdapterStateError(
-                f"components={wanted!r}: {', '.join(unknown) or 'none given'}",
+                f"components={wanted!r}: "
+                + (f"{type(self).__name__} has no {', '.join(unknown)}" if unknown else "none given"),
                 problems=[f"component: {name}" for name in present],
+                mend="Name some of these, or leave the argument out for all that have adapters.",
                 state="Nothing was changed.",
             )
         return [present[name] for name in wanted if name in present]
 
     # Calls
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own `encode_prompt`, with `lora_scale` honoured whether peft is there or not."""
-        encode: Callable[..., Any] = super().encode_prompt  # type: ignore[misc]
-        return encode_scaled(text_encoders(self), encode, *args, **kwargs)
+    @around_own
+    def __call__(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call, in which weights that follow the denoising do so."""
+        return follow_call(self, own, list(components_of(self).values()), args, kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    @around_own
+    def encode_prompt(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own `encode_prompt`, with `lora_scale` honoured whether peft is there or not."""
+        return encode_scaled(text_encoders(self), own, *args, **kwargs)
+
+    @around_own
+    def save_pretrained(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Save the pipeline under its plain keys, what is fused included and what is not fused left out."""
-        write: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
         with ExitStack() as stack:
-            for model in self.lora_components.values():
+            for model in components_of(self).values():
                 stack.enter_context(as_plain(model))
-            return write(save_directory, *args, **kwargs)
+            return own(*args, **kwargs)
+
+
+class LoraBlocksMixin:
+    """What a block of a modular pipeline gains."""
+
+    @around_own
+    def encode_prompt(self, own: Callable[..., Any], components: Any, *args: Any, **kwargs: Any) -> Any:
+        """The block's own static `encode_prompt(components, …)`, with `lora_scale` honoured as a pipeline does."""
+        return encode_scaled(text_encoders(components), own, components, *args, **kwargs)

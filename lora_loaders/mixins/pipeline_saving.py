@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from lora_loaders.saving import capture
 from lora_loaders.scaling import METADATA_KEY
 
 from .class_or_instance import class_or_instance
+from .component_loading import by_name
 from .model import read_source
-from .saving import LAYERS, layers_to_adapter, save, state_dict_like_diffusers
+from .saving import LAYERS, METADATA, layers_to_adapter, save, state_dict_like_diffusers
 
 HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 ACCEPTED = ("low_cpu_mem_usage", "return_lora_metadata", "unet_config", "user_agent")
@@ -32,8 +33,7 @@ class SavingMixin:
     def save_lora_weights(
         owner: Any,
         save_directory: str | os.PathLike[str],
-        denoiser_lora_layers: Mapping[str, Tensor] | nn.Module | None = None,
-        *,
+        *args: Any,
         adapter_name: str | None = None,
         format: str = "diffusers",
         is_main_process: bool = True,
@@ -48,7 +48,8 @@ class SavingMixin:
 
         Args:
             save_directory: the folder.
-            denoiser_lora_layers: layers of the class's first component, when they are given by position.
+            args: what diffusers' class takes by position: `<component>_lora_layers` of each component that it saves,
+                is_main_process, weight_name, save_function, safe_serialization, and the metadata of each.
             adapter_name: which loaded adapter, when there are several.
             format: see `write_adapter`.
             is_main_process: only this process writes.
@@ -66,8 +67,19 @@ class SavingMixin:
             AdapterStateError: nothing is handed over and no, or no single, adapter is loaded.
             ConversionError: the format cannot say it.
         """
-        if denoiser_lora_layers is not None:
-            layers = _with_denoiser(owner, denoiser_lora_layers, layers)
+        if args:
+            usual = {"is_main_process": is_main_process, "weight_name": weight_name, "save_function": save_function}
+            defaults = {"is_main_process": True, "safe_serialization": True}
+            usual["safe_serialization"] = safe_serialization
+            said = {name: value for name, value in usual.items() if value != defaults.get(name)}
+            return owner.save_lora_weights(
+                save_directory,
+                adapter_name=adapter_name,
+                format=format,
+                push_to_hub=push_to_hub,
+                repo_id=repo_id,
+                **_named(owner, args, {**said, **layers}),
+            )
         adapter = layers_to_adapter(layers)
         if adapter is None:
             if isinstance(owner, type):
@@ -136,24 +148,38 @@ class SavingMixin:
             (save_function or torch.save)(dict(state_dict), temporary)
 
 
-def _with_denoiser(owner: Any, given: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers by component, with those that came by position under the first component's name.
+# The components whose layers diffusers' method takes, in its order, where those are not all that the class names.
+SAVED: Mapping[str, tuple[str, ...]] = {
+    "FluxLoraLoaderMixin": ("transformer", "text_encoder"),
+    "SD3LoraLoaderMixin": ("transformer", "text_encoder", "text_encoder_2"),
+    "AmusedLoraLoaderMixin": ("text_encoder", "transformer"),
+    "LTX2LoraLoaderMixin": ("transformer",),
+    "WanLoraLoaderMixin": ("transformer",),
+    "QwenImageLoraLoaderMixin": ("transformer",),
+}
+
+
+def _named(owner: Any, args: Sequence[Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name, those that came by position included.
 
     Raises:
-        TypeError: no layers, a class whose component nobody knows, or one that has its layers already.
+        TypeError: no layers, a class whose components nobody knows, or one that is given twice.
     """
-    if not isinstance(given, (Mapping, nn.Module)):
+    if args[0] is not None and not isinstance(args[0], (Mapping, nn.Module)):
         raise TypeError(
-            "save_lora_weights takes the denoiser's layers second, a state dictionary or a module, "
-            f"not a {type(given).__name__}; say adapter_name=… for a loaded adapter"
+            "save_lora_weights takes the first component's layers second, a state dictionary or a module, "
+            f"not a {type(args[0]).__name__}; say adapter_name=… for a loaded adapter"
         )
-    known = getattr(owner, "_lora_loadable_modules", ()) if isinstance(owner, type) else tuple(owner.lora_components)
+    cls = owner if isinstance(owner, type) else type(owner)
+    known = next((SAVED[base.__name__] for base in cls.__mro__ if base.__name__ in SAVED), None)
+    known = known or getattr(owner, "_lora_loadable_modules", ())
+    if not known and not isinstance(owner, type):
+        known = tuple(owner.lora_components)
     if not known:
         raise TypeError(f"{owner.__name__} does not say its components; give <component>{LAYERS}=…")
-    key = f"{known[0]}{LAYERS}"
-    if layers.get(key) is not None:
-        raise TypeError(f"save_lora_weights got {key} twice, by position and by name")
-    return {**layers, key: given}
+    usual = ("is_main_process", "weight_name", "save_function", "safe_serialization")
+    order = (*(f"{name}{LAYERS}" for name in known), *usual, *(f"{name}{METADATA}" for name in known))
+    return by_name("save_lora_weights", order, args, layers, others=True)
 
 
 def hub_options(weight_name: str | None, options: Mapping[str, Any]) -> HubOptions:

@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 FIRST = "transformer"
 SECOND = ("transformer_2", "transformer_ref")
 
-_LOW = re.compile(r"(?:^|[^a-z])low(?:[^a-z]*noise|[^a-z]|$)|(?:^|[^a-z])ln(?:[^a-z]|$)", re.IGNORECASE)
-_HIGH = re.compile(r"(?:^|[^a-z])high(?:[^a-z]*noise|[^a-z]|$)|(?:^|[^a-z])hn(?:[^a-z]|$)", re.IGNORECASE)
+# "low" and "high" alone say something else as often: low_rank, fp8_low, wan_low_light, high_res.
+_LOW = re.compile(r"(?:^|[^a-z])(?:low[^a-z]*noise|ln(?:[^a-z]|$))", re.IGNORECASE)
+_HIGH = re.compile(r"(?:^|[^a-z])(?:high[^a-z]*noise|hn(?:[^a-z]|$))", re.IGNORECASE)
+_BOTH = re.compile(r"(?:high|low)[^a-z]*(?:and[^a-z]*|n[^a-z]+)?(?:low|high)[^a-z]*noise", re.IGNORECASE)
 
 
 def noise_level(names: Sequence[str]) -> str | None:
@@ -36,7 +38,7 @@ def noise_level(names: Sequence[str]) -> str | None:
         # `LowNoise` is two words as well.
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
         low, high = _LOW.search(words) is not None, _HIGH.search(words) is not None
-        if low != high:
+        if low != high and not _BOTH.search(words):
             return "low" if low else "high"
     return None
 
@@ -85,10 +87,11 @@ def second_transformer(
 
 
 def routed(models: Mapping[str, nn.Module], to: str | None, contents: Contents | Adapter) -> dict[str, nn.Module]:
-    """The models with the second transformer in the first one's place, unless the file names it itself."""
-    if to is None or _names(contents, to):
-        return dict(models)
-    return {FIRST: models[to], **{name: model for name, model in models.items() if name not in (FIRST, to)}}
+    """The models that a file is about: of several transformers one, in the first one's place, and those it names."""
+    named = {name for name in SECOND if _names(contents, name)}
+    if to is not None and to not in named:
+        return {FIRST: models[to], **{name: model for name, model in models.items() if name not in (FIRST, *SECOND)}}
+    return {name: model for name, model in models.items() if name not in SECOND or name in named}
 
 
 def said_of(report: LoadReport, second: str) -> LoadReport:
