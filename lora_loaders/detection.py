@@ -17,9 +17,9 @@ from .formats import RawModule
 
 logger = logging.getLogger(__name__)
 SAMPLE = 96
+"""Modules that are looked at, and more only where a file has more kinds of names."""
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
-"""Modules that are looked at, and more only where a file has more kinds of names."""
 
 
 def family_named(name: str, families: Sequence[Family] = FAMILIES) -> Family:
@@ -157,6 +157,7 @@ def _depth(path: str, last: int, told: Sequence[tuple[str, tuple[Shape, ...]]], 
 
 def _complete(read: Iterable[tuple[RawModule, tuple[str, Resolved]]], family: Family) -> bool:
     paths = [path for _, (component, resolved) in read if component == family.denoiser for path in resolved.paths]
+    paths = [path for path in paths if "#" in _kind(path)]
     changed = {_kind(path) for path in paths}
     lists = {kind.partition("#")[0] for kind in changed}
     alike = _kinds_by_leaf(family.components[family.denoiser])

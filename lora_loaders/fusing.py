@@ -29,7 +29,7 @@ from .layers.layer import AdapterLayer
 from .layers.quantised import unsupported
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of
-from .records import BATCH, Fused, Originals
+from .records import BATCH, Fused, Originals, checksum_of
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +269,8 @@ def _fuse_one(
         present.data.copy_(bias)
     if originals is not None and original is not None and change is not None and change.dense is None:
         originals.compare(weight, fused, change)
+    elif original is not None:
+        fused.checksum = checksum_of(weight)
 
 
 def _store(layer: AdapterLayer, fused: Fused, before: Tensor, weight: Tensor) -> None:

@@ -12,7 +12,7 @@ from .families import FAMILIES, Family
 from .files import Contents, read
 from .loading import family_of, may_widen, plan_contents
 from .locating import HubOptions
-from .mixins.pipeline import components_of
+from .mixins.components import components_of
 from .plans import AttachPlan
 
 

@@ -26,7 +26,7 @@ class Fused:
         where: flat positions whose original value the subtraction misses.
         values: those original values.
         copy: the whole original weight, where the record would be larger than that.
-        checksum: sum of the original weight's bit patterns.
+        checksum: sum of the bit patterns of the original weight; where a copy of that is kept, of the fused one.
         bias: the original bias; kept whole, it is small.
         had_bias: whether the base layer had a bias at all.
         record: what a quantised weight stored.
@@ -54,6 +54,7 @@ class Fused:
             return read_original(layer.base_layer, self.record)
         weight = read_weight(layer.base_layer)
         if self.copy is not None:
+            self._check(weight, weight.dtype)
             return self.copy.to(weight.device)
         if self.change is None:
             return weight
@@ -62,21 +63,26 @@ class Fused:
         # Redone where it was done: another device may sum in another order.
         restored = self.change.add_to(weight.to(self.where.device), -1.0).contiguous()
         restored.view(-1).index_copy_(0, self.where.long(), self.values.to(restored.dtype))
-        if self.checksum is not None and not torch.equal(_checksums(restored.view(1, -1))[0], self.checksum):
-            was, now = self.values.dtype, weight.dtype
-            if was != now:
-                raise AdapterStateError(
-                    f"a weight was fused in {was} and is {now} now, where what was added cannot be told exactly",
-                    mend=f"Call .to({was}) first; every bit can still come back.",
-                    state="Nothing was unfused.",
-                )
+        self._check(restored, weight.dtype)
+        return restored.to(weight.device)
+
+    def _check(self, given: Tensor, now: torch.dtype) -> None:
+        """Raise unless this is what the checksum was taken of."""
+        if self.checksum is None or torch.equal(checksum_of(given).to(self.checksum.device), self.checksum):
+            return
+        kept = self.copy if self.copy is not None else self.values
+        if kept is not None and kept.dtype != now:
             raise AdapterStateError(
-                "a fused weight is not what fusing left: it was changed, cast or trained since",
-                mend="Keep the weights as they are with unload_lora_weights(keep_fused=True), "
-                "or load the model's own again.",
+                f"a weight was fused in {kept.dtype} and is {now} now, where what was added cannot be told exactly",
+                mend=f"Call .to({kept.dtype}) first; every bit can still come back.",
                 state="Nothing was unfused.",
             )
-        return restored.to(weight.device)
+        raise AdapterStateError(
+            "a fused weight is not what fusing left: it was changed, cast or trained since",
+            mend="Keep the weights as they are with unload_lora_weights(keep_fused=True), "
+            "or load the model's own again.",
+            state="Nothing was unfused.",
+        )
 
     def memory(self) -> int:
         """Bytes that are kept for unfusing."""
@@ -101,6 +107,8 @@ class Originals:
     """The event after which all is written that compacting reads."""
     fused: list[Fused] = field(default_factory=list[Fused])
     changes: list[Change] = field(default_factory=list[Change])
+    results: list[Tensor] = field(default_factory=list[Tensor])
+    """The weights themselves, fused."""
 
     @classmethod
     def room_for(cls, layers: int, weight: Tensor) -> "Originals":
@@ -117,6 +125,7 @@ class Originals:
         row = len(self.fused)
         self.fused.append(fused)
         self.changes.append(change)
+        self.results.append(weight)
         # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
         bits = BITS[weight.element_size()]
         restored = change.add_to(weight, -1.0).view(bits)
@@ -146,7 +155,7 @@ class Originals:
         for row, (fused, change) in enumerate(zip(self.fused, self.changes, strict=True)):
             assert fused.copy is not None
             if not is_smaller[row]:
-                fused.copy = fused.copy.clone()
+                fused.copy, fused.checksum = fused.copy.clone(), checksum_of(self.results[row])
                 continue
             own = slice(edges[row], edges[row + 1])
             fused.where, fused.values = where[own], values[own]
@@ -168,6 +177,11 @@ class Originals:
 @cache
 def _side_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
+
+
+def checksum_of(weight: Tensor) -> Tensor:
+    """Sum of the bit patterns of one weight."""
+    return _checksums(weight.contiguous().view(1, -1))[0]
 
 
 def _checksums(weights: Tensor) -> Tensor:

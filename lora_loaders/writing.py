@@ -289,12 +289,11 @@ def _indexed(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> 
 def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: _Writing) -> None:
     form = writing.form
     where = f"{component}.{name}"
-    if form.name == "peft" and (reason := unreadable(delta)) is not None:
-        writing.refuse(ConversionError(reason, mend=PEFT_WAYS_OUT), where)
-        return
     try:
         inner = _spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
         slots = {**inner.slots(), **_magnitude(delta, form)}
+        if form.name == "peft" and (reason := unreadable(delta)) is not None:
+            raise ConversionError(reason, mend=PEFT_WAYS_OUT)
     except ConversionError as error:
         writing.refuse(error, where)
         return

@@ -18,7 +18,7 @@ from tiny_models import WordTokenizer, clip, pipeline, render
 from torch import Tensor, nn
 
 import lora_loaders as ll
-from lora_loaders.mixins.pipeline import components_of
+from lora_loaders.mixins.components import components_of
 
 diffusers: Any = released  # its classes are only partly typed
 Settings = dict[str, Any]

@@ -14,7 +14,7 @@ from tiny_models import bits, changed_bits
 from torch import Tensor
 
 import lora_loaders as ll
-from lora_loaders.mixins.pipeline import components_of
+from lora_loaders.mixins.components import components_of
 
 MIXINS = [
     name

@@ -10,7 +10,7 @@ from torch import nn
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.layout import is_foreign, shared_of
 from lora_loaders.loading import adapter_names
-from lora_loaders.mixins.pipeline import components_of
+from lora_loaders.mixins.components import components_of
 
 
 def heeding(name: str, ours: Any, theirs: Any) -> Any:

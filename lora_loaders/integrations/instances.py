@@ -11,8 +11,9 @@ from lora_loaders.fusing import fused_adapters, unfuse_all
 from lora_loaders.gates import unwatch_forwards, watch_forwards
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import adapter_names, check_foreign
+from lora_loaders.mixins.components import components_of
 from lora_loaders.mixins.model import LoraModelMixin
-from lora_loaders.mixins.pipeline import LoraBlocksMixin, LoraPipelineMixin, components_of
+from lora_loaders.mixins.pipeline import LoraBlocksMixin, LoraPipelineMixin
 
 from .equipping import equip, is_equipped, unequip
 from .scale import unwatch_scale, watch_scale

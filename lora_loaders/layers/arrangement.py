@@ -55,7 +55,12 @@ class Arrangement:
 
     @classmethod
     def of(cls, layers: list[AdapterLayer], written: Sequence[Written]) -> "Arrangement | None":
-        """The arrangement of what has just been written; None where anything but plain products contributes."""
+        """The arrangement of what has just been written; None where anything but plain products contributes.
+
+        Nor is there one of a moment in which anything is fused: it would be taken for that of another moment.
+        """
+        if any(map(_FUSED, layers)):
+            return None
         known = [None if isinstance(layer, ParameterLayer) else layer.plain_contributions() for layer in layers]
         by_layer = {layer: own for layer, own in zip(layers, known, strict=True) if own is not None}
         if len(by_layer) < len(layers):

@@ -121,10 +121,8 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     # State
 
-    # accelerate looks up every buffer that is listed as not persistent and expects a tensor: empty ones are not listed.
-
     def set_slot(self, slot: str, value: Tensor | None) -> None:
-        """Put a buffer in a slot, without the checks of attribute assignment."""
+        """Put a buffer in a slot; empty ones are not listed, since accelerate expects a tensor behind every name."""
         self.clear_slots((slot,))
         if value is not None:
             self._buffers[slot] = value
@@ -177,18 +175,17 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     def plain_contributions(self) -> list[tuple[str, Contribution]] | None:
         """The contributing adapters, if each is known to be a plain product as its parameters stand now."""
-        names = [name for name, _ in self.contributing]
-        known = [(name, self._known[name]) for name in names if name in self._known]
-        return known if len(known) == len(names) and all(one.is_current for _, one in known) else None
+        known = [(name, self._known.get(name)) for name, _ in self.contributing]
+        plain = [(name, one) for name, one in known if one is not None and one.is_current]
+        return plain if len(plain) == len(known) else None
 
     def _contribution_of(self, name: str) -> Contribution:
         raw = self._raw(name)
         delta = self._delta(name, raw)
         factors = self.factors(delta)
         parameters = tuple([t for t in raw.values() if isinstance(t, nn.Parameter) and not t.is_inference()])
-        if factors is None or raw.keys() != {"down", "up"} or delta.tensors().keys() != raw.keys():
-            return Contribution(delta, factors, parameters)
-        if factors.down is not raw["down"] or factors.up is not raw["up"]:
+        plain = raw.keys() == {"down", "up"} == delta.tensors().keys()
+        if factors is None or not plain or factors.down is not raw["down"] or factors.up is not raw["up"]:
             return Contribution(delta, factors, parameters)
         stored: dict[str, Any] = self._modules
         holders = stored["lora_A"]._modules[name]._parameters, stored["lora_B"]._modules[name]._parameters
@@ -249,7 +246,7 @@ class AdapterLayer(PeftNames, AdapterStore):
     @property
     def only_adds(self) -> bool:
         """Whether `add_to` is all that this layer does to its base's output."""
-        return not (self._is_trained() or self._is_behind() or self.slot_in_gain is not None)
+        return self.is_current and self.slot_in_gain is None
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """The base layer's output with what the slot holds for this input."""
@@ -290,7 +287,7 @@ class AdapterLayer(PeftNames, AdapterStore):
     @property
     def is_current(self) -> bool:
         """Whether the slot holds the contributing parameters as they are now."""
-        return not (self._stale or self._is_trained() or self._is_behind())
+        return not (self._is_trained() or self._is_behind())
 
     def _edits(self) -> int:
         """How often the contributing parameters were written in place (EMA, scaling by hand): the slot is a copy."""

@@ -28,14 +28,11 @@ from lora_loaders.weights import for_component, nested, number, one_each
 
 from .around import around_own
 from .component_loading import ComponentLoadingMixin
+from .components import components_of, possible_components, text_encoders
 from .model import LoraModelMixin, read_source
 from .pipeline_saving import SavingMixin, hub_options
 from .routing import names_of_file, routed, said_of, second_transformer
 from .saving import family_of_class
-
-DENOISERS = ("transformer", "unet", "prior", "decoder")
-BESIDE = ("transformer_2", "transformer_ref", "unconditional_transformer", "connectors", "text_conditioner")
-
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -64,26 +61,6 @@ def warn_deprecated(method: str, prefix: str, options: Mapping[str, Any]) -> Non
     for name in options:
         text = f"Passing `{name}` to `{method}()` is deprecated and ignored. Please use the `components` argument."
         warnings.warn(text, FutureWarning, stacklevel=4)
-
-
-def possible_components(pipeline: Any) -> list[str]:
-    """Names under which a pipeline may have a model that can carry an adapter."""
-    usual = [*DENOISERS, *(f"text_encoder{n}" for n in ("", "_2", "_3", "_4")), *BESIDE]
-    return list(dict.fromkeys([*usual, *getattr(pipeline, "_lora_loadable_modules", ())]))
-
-
-def components_of(pipeline: Any) -> dict[str, nn.Module]:
-    """A pipeline's models that can carry an adapter, by name: the usual ones, denoiser first, and what its class names.
-
-    The attribute `_lora_loadable_modules` is where diffusers' mixins name them.
-    """
-    found = {name: getattr(pipeline, name, None) for name in possible_components(pipeline)}
-    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
-
-
-def text_encoders(pipeline: Any) -> list[nn.Module]:
-    """The models of a pipeline that encode prompts."""
-    return [model for name, model in components_of(pipeline).items() if name.startswith("text_encoder")]
 
 
 class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):

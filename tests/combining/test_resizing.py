@@ -226,8 +226,10 @@ def test_a_change_without_a_rank_asks_for_a_goal() -> None:
 def test_names_that_are_not_known_are_never_left_out_silently(file: Path) -> None:
     name = "lora_unet_never_seen"
     save_file({f"{name}.lora_down.weight": torch.zeros(2, 4), f"{name}.lora_up.weight": torch.zeros(4, 2)}, file)
-    with pytest.raises(ll.ConversionError, match="names that are not known"):
+    with pytest.raises(ll.UnknownFamilyError, match="never_seen"):
         ll.resize(file, rank=1)
+    with pytest.raises(ll.ConversionError, match="names that are not known"):
+        ll.resize(file, rank=1, family="sd15")
 
 
 @pytest.mark.parametrize("make", [lambda a, m: ll.resize(a, rank=9, model=m), lambda a, m: ll.to_full(a, model=m)])

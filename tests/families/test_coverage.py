@@ -14,7 +14,7 @@ from diffusers.loaders import lora_pipeline
 from diffusers.loaders.peft import PeftAdapterMixin
 
 from lora_loaders.families import FAMILIES
-from lora_loaders.mixins.pipeline import BESIDE, DENOISERS
+from lora_loaders.mixins.components import BESIDE, DENOISERS
 
 KNOWN = {name for family in FAMILIES for name in family.model_classes}
 BESIDE_A_DENOISER = "not a denoiser: it loads by its own modules' names"
