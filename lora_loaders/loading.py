@@ -12,7 +12,7 @@ from .attaching import apply, detach_adapters
 from .collecting import uncollected
 from .conversion import parse, with_live_names
 from .detection import rank_families, readings_of, sample_of
-from .errors import AdapterMismatchError, AdapterStateError, NothingFitsError
+from .errors import AdapterFileError, AdapterMismatchError, AdapterStateError, NothingFitsError
 from .families import FAMILIES, Family
 from .files import Contents
 from .formats import NO_SUFFIX, RawModule, read_modules
@@ -133,10 +133,7 @@ def load(
     chosen = _check_name(name, models, hotswap)
     check_foreign(models)
     seen = versions(models.values())
-    layout = layout_of(models, family)
-    if isinstance(contents, Contents) and family is not None:
-        _check_family(layout, contents, family, chosen)
-    plan = plan_contents(models, contents, family, may_widen=may_widen, layout=layout)
+    plan = _planned(models, contents, family, chosen, may_widen)
     _check_plan(plan, chosen, family, contents, strict)
     with changing(models.values(), reads_bases=plan.needs_bases):
         if versions(models.values()) != seen:  # another thread changed them while this one planned
@@ -247,11 +244,28 @@ def check_foreign(models: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _check_family(layout: ModelLayout, contents: Contents, family: Family, name: str) -> None:
+def _planned(
+    models: Mapping[str, nn.Module], contents: Contents | Adapter, family: Family | None, name: str, may_widen: bool
+) -> AttachPlan:
+    """The plan, unless the file is another family's; that is asked only where something in it does not fit."""
+    layout = layout_of(models, family)
+    try:
+        plan = plan_contents(models, contents, family, may_widen=may_widen, layout=layout)
+    except AdapterFileError:  # another family's names may look like damage: two that mean one module here
+        _check_family(layout, contents, family, name)
+        raise
+    if plan.unmatched or plan.problems:
+        _check_family(layout, contents, family, name)
+    return plan
+
+
+def _check_family(layout: ModelLayout, contents: Contents | Adapter, family: Family | None, name: str) -> None:
     """Raise where a good part of the denoiser's names has no place here, and all of them have one in another family.
 
     Families that look alike go on: a Flux file finds three quarters of its modules in Chroma.
     """
+    if isinstance(contents, Adapter) or family is None:
+        return
     modules, _, spelling = read_modules(list(contents.tensors))
     denoising = sample_of([m for m in modules if not m.component.startswith(("te", "encoder:"))])
     lost = [module for module in denoising if not _has_place(module, family, layout)]
