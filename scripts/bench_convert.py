@@ -1,29 +1,32 @@
 """Times a conversion that only renames beside `cp` of the same file on the same disk, and measures its memory.
 
-The two take turns, each in a new process, on a target that is not there yet; figures are medians of elapsed time. `cp`
-flushes nothing to the disk, and neither does `convert` where it replaces nothing.
+The two take turns, each from a new process that has imported the package, on a target that is not there yet; figures
+are medians of elapsed time. That both wait for the imports matters: the host of a virtual machine takes back memory
+that is free for some seconds, and what is copied soon after a file was removed is copied the faster. `cp` flushes
+nothing to the disk, and neither does `convert` where it replaces nothing.
 """
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 BLOCK = 4 << 20
-CONVERT = """
-import re, sys, time
+CHILD = """
+import re, subprocess, sys, time
 import lora_loaders as ll
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
 
 imported, start = peak(), time.perf_counter()
-ll.convert(sys.argv[1], sys.argv[2], format="original", family="flux1")
+if sys.argv[3] == "cp":
+    subprocess.run(["cp", sys.argv[1], sys.argv[2]], check=True)
+else:
+    ll.convert(sys.argv[1], sys.argv[2], format="original", family="flux1")
 print(time.perf_counter() - start, imported, peak())
 """
 
@@ -70,19 +73,15 @@ def streaming_table(modules: Iterable[tuple[str, int, int]], gigabytes: float, r
     """A Markdown table of `cp` beside `convert`, kohya's names to the original ones."""
     source, target = folder / "large.safetensors", folder / "target.safetensors"
     rank = large_file(source, modules, int(gigabytes * 2**30))
-    copies: list[float] = []
-    conversions: list[list[float]] = []
+    runs: dict[str, list[list[float]]] = {"cp": [], "convert": []}
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        subprocess.run([shutil.which("cp") or "cp", source, target], check=True)
-        copies.append(time.perf_counter() - start)
-        target.unlink()
-        command = [sys.executable, "-c", CONVERT, str(source), str(target)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        conversions.append([float(word) for word in done.stdout.split()])
-        target.unlink()
-    copy = statistics.median(copies[1:])
-    convert, imported, peak = map(statistics.median, zip(*conversions[1:], strict=True))
+        for program, found in runs.items():
+            command = [sys.executable, "-c", CHILD, str(source), str(target), program]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.append([float(word) for word in done.stdout.split()])
+            target.unlink()
+    copy, *_ = map(statistics.median, zip(*runs["cp"][1:], strict=True))
+    convert, imported, peak = map(statistics.median, zip(*runs["convert"][1:], strict=True))
     size = source.stat().st_size / 2**30
     return "\n".join(
         [
