@@ -21,7 +21,7 @@ class BufferMover:
 
     def __init__(self, device: torch.device | str | None) -> None:
         self._device = None if device is None else torch.device(device)
-        self._buffers: dict[int, torch.UntypedStorage] = {}
+        self._moved: dict[tuple[int, torch.dtype], Tensor] = {}
         self._kept: list[torch.UntypedStorage] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -31,13 +31,24 @@ class BufferMover:
         if self._device.type == "meta":
             return tensor.to("meta")
         storage = tensor.untyped_storage()
-        # A small view of a large buffer (one module taken out of a file) is cheaper to move alone.
-        moved = self._buffers.get(storage.data_ptr())
+        key = storage.data_ptr(), tensor.dtype
+        moved = self._moved.get(key)
         if moved is None:
-            empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            source = empty.set_(storage, 0, (storage.nbytes(),))  # pyright: ignore[reportArgumentType, reportCallIssue]
-            moved = source.to(self._device, non_blocking=source.is_pinned()).untyped_storage()
-            self._buffers[storage.data_ptr()] = moved
-            self._kept.append(storage)
-        view = torch.empty(0, dtype=tensor.dtype, device=self._device)
-        return view.set_(moved, tensor.storage_offset(), tensor.shape, tensor.stride())
+            known = self._moved.get((storage.data_ptr(), torch.uint8))
+            whole = self._move(storage) if known is None else known
+            moved = self._moved[key] = _flat(whole.untyped_storage(), tensor.dtype, self._device)
+        return moved.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _move(self, storage: torch.UntypedStorage) -> Tensor:
+        self._kept.append(storage)  # or another could come to lie at its address
+        source = _flat(storage, torch.uint8, storage.device)
+        moved = source.to(self._device, non_blocking=source.is_pinned())
+        self._moved[storage.data_ptr(), torch.uint8] = moved
+        return moved
+
+
+def _flat(storage: torch.UntypedStorage, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All of a buffer as one row of this dtype."""
+    empty = torch.empty(0, dtype=dtype, device=device)
+    size = (storage.nbytes() // dtype.itemsize,)
+    return empty.set_(storage, 0, size)  # pyright: ignore[reportArgumentType, reportCallIssue]

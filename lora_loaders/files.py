@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -27,6 +28,8 @@ DTYPES: Mapping[str, torch.dtype] = FLOATS | SMALL_FLOATS | INTEGERS | {"BOOL": 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 8 << 20
 MAX_HEADER = 100 << 20
+CLAIMS = (b'"dtype"', b'"shape"', b'"data_offsets"')
+"""What stands in a header once for each tensor; where one stands there more often, something may be named twice."""
 _UMASK = threading.Lock()
 
 
@@ -159,7 +162,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         if size < 8 or length > size - 8:
             raise refuse(f"{size} bytes, too short for its header of {length} bytes" if size else "an empty file")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=unique)
+            text = file.read(length)
+            header = json.loads(text)
+            if any(text.count(word) != len(header) - text.count(b'"__metadata__"') for word in CLAIMS):
+                json.loads(text, object_pairs_hook=unique)  # as slow as all the rest, and rarely needed
             metadata: Any = header.pop("__metadata__", {})
             if not isinstance(metadata, dict):
                 raise TypeError(f"__metadata__ is a {type(metadata).__name__}, no table")
@@ -182,12 +188,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
 def _entry(name: str, claim: Mapping[str, Any]) -> Entry:
     if claim["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {claim['dtype']!r}")
-    dtype, shape = DTYPES[claim["dtype"]], tuple(int(size) for size in claim["shape"])
-    start, stop = (int(offset) for offset in claim["data_offsets"])
-    count = 1
-    for length in shape:
-        count *= length
-    if start < 0 or min(shape, default=0) < 0 or stop - start != count * dtype.itemsize:
+    dtype, shape = DTYPES[claim["dtype"]], tuple(map(int, claim["shape"]))
+    start, stop = map(int, claim["data_offsets"])
+    if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {list(shape)} and dtype {claim['dtype']} cannot take {stop - start} bytes")
     return Entry(dtype, shape, start, stop)
 

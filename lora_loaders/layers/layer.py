@@ -1,6 +1,6 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -22,6 +22,8 @@ from .store import AdapterStore
 
 # A loop inside the interpreter takes a third of one in Python, and each switch and each forward asks every parameter.
 _REQUIRES_GRAD, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
+PLAIN = {"down", "up"}
+"""The tensors of an adapter that is nothing but a product."""
 
 
 class AdapterLayer(PeftNames, AdapterStore):
@@ -77,12 +79,17 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     # Adapters
 
-    def add(self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0) -> None:
+    def add(
+        self, name: str, delta: Delta, *, requires_grad: bool = False, dropout: float = 0.0
+    ) -> dict[str, nn.Parameter]:
         """Register one adapter; it is not active yet."""
-        super().add(name, delta, requires_grad=requires_grad)
+        parameters = super().add(name, delta, requires_grad=requires_grad)
         self.shared.arrangements.clear()
         self.reweigh({name: 1.0})
         self.dropouts[name] = dropout
+        if set(parameters) == PLAIN:
+            self._contribution_of(name, parameters)  # now that they are at hand
+        return parameters
 
     def remove(self, name: str) -> None:
         """Forget one adapter, half-registered ones too."""
@@ -117,9 +124,18 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Give adapters these weights; the slot is rewritten apart."""
-        vars(self)["weights"] = {**self.weights, **weights}
+        self.weigh({**self.weights, **weights})
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Let these be the weights of all adapters; nobody may write into them, so that layers can share them."""
+        vars(self)["weights"] = weights
 
     # State
+
+    @property
+    def filled(self) -> Collection[str]:
+        """The buffers that hold something."""
+        return self._non_persistent_buffers_set
 
     def set_slot(self, slot: str, value: Tensor | None) -> None:
         """Put a buffer in a slot; empty ones are not listed, since accelerate expects a tensor behind every name."""
@@ -135,8 +151,11 @@ class AdapterLayer(PeftNames, AdapterStore):
 
     def take_slot(self, down: Tensor | None, up: Tensor | None) -> None:
         """Let the low-rank slot be these, or let go of it."""
-        self.set_slot("slot_down", down)
-        self.set_slot("slot_up", up)
+        if down is None and up is None:
+            self.clear_slots(("slot_down", "slot_up"))
+        else:
+            self.set_slot("slot_down", down)
+            self.set_slot("slot_up", up)
 
     @property
     def contributing(self) -> list[tuple[str, float]]:
@@ -160,7 +179,7 @@ class AdapterLayer(PeftNames, AdapterStore):
         for name, weight in self.contributing:
             known = self._known.get(name)
             if known is None or not known.is_current:
-                known = self._contribution_of(name)
+                known = self._contribution_of(name, self._raw(name))
                 plain = plain and known.holders is not None
             parameters += known.parameters
             terms.append((known.factors, weight, known.delta, name))
@@ -179,18 +198,20 @@ class AdapterLayer(PeftNames, AdapterStore):
         plain = [(name, one) for name, one in known if one is not None and one.is_current]
         return plain if len(plain) == len(known) else None
 
-    def _contribution_of(self, name: str) -> Contribution:
-        raw = self._raw(name)
+    def _contribution_of(self, name: str, raw: Mapping[str, Tensor]) -> Contribution:
         delta = self._delta(name, raw)
         factors = self.factors(delta)
         parameters = tuple([t for t in raw.values() if isinstance(t, nn.Parameter) and not t.is_inference()])
-        plain = raw.keys() == {"down", "up"} == delta.tensors().keys()
-        if factors is None or not plain or factors.down is not raw["down"] or factors.up is not raw["up"]:
+        if factors is None or set(raw) != PLAIN or factors.down is not raw["down"] or factors.up is not raw["up"]:
             return Contribution(delta, factors, parameters)
         stored: dict[str, Any] = self._modules
         holders = stored["lora_A"]._modules[name]._parameters, stored["lora_B"]._modules[name]._parameters
         known = self._known[name] = Contribution(delta, factors, parameters, holders)
         return known
+
+    def note_fused(self, fused: Any) -> None:
+        """What is fused into the base now; a module's attribute assignment takes ten times as long."""
+        vars(self)["fused"] = fused
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)

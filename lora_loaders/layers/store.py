@@ -12,7 +12,7 @@ from lora_loaders.deltas import Delta
 from lora_loaders.deltas.rows import fused_of
 
 from .held import held
-from .places import Factor, blank, is_transposed, place_of
+from .places import Factor, FactorDict, is_transposed, place_of
 from .shared import Shared
 
 EMPTY = torch.empty(0)
@@ -46,18 +46,20 @@ class AdapterStore(nn.Module):
         others |= {id(child): child for name, child in self._modules.items() if name == "base_layer"}
         return vars(copy.deepcopy(self, {**parted, **others}))
 
-    def add(self, name: str, delta: Delta, *, requires_grad: bool = False) -> None:
-        """Register one adapter's tensors as parameters."""
+    def add(self, name: str, delta: Delta, *, requires_grad: bool = False) -> dict[str, nn.Parameter]:
+        """Register one adapter's tensors as parameters, and tell which by slot."""
         tensors = delta.tensors()
         self.templates[name] = delta.with_tensors(dict.fromkeys(tensors, EMPTY))
+        parameters: dict[str, nn.Parameter] = {}
         for slot, tensor in tensors.items():
             container, leaf = place_of(delta, slot)
             data = tensor.t() if is_transposed(delta, slot) else tensor
-            parameter = nn.Parameter(data, requires_grad)
+            parameter = parameters[slot] = nn.Parameter(data, requires_grad)
             if leaf:
                 self._factor(container, name)._parameters[leaf] = parameter
             else:
-                self._container(container, nn.ParameterDict)[name] = parameter
+                self._parameters_in(container)[name] = parameter
+        return parameters
 
     def remove(self, name: str) -> None:
         """Forget one adapter, half-registered ones too; containers that are left empty go."""
@@ -104,17 +106,19 @@ class AdapterStore(nn.Module):
             tensors[slot] = held(owner, key) if tensor.is_meta else tensor
         return tensors
 
-    def _container(self, name: str, kind: type[nn.Module]) -> Any:
-        container = self._modules.get(name)
+    def _parameters_in(self, name: str) -> nn.ParameterDict:
+        container: Any = self._modules.get(name)
         if container is None:
-            container = self._modules[name] = kind() if kind is nn.ParameterDict else blank(kind.__new__(kind))
-            vars(container)["training"] = self.training
+            container = self._modules[name] = nn.ParameterDict()
+            container.training = self.training
         return container
 
-    def _factor(self, container: str, name: str) -> nn.Module:
-        entries: dict[str, nn.Module] = self._container(container, nn.ModuleDict)._modules
+    def _factor(self, container: str, name: str) -> Factor:
+        factors: Any = self._modules.get(container)
+        if factors is None:
+            factors = self._modules[container] = FactorDict.blank(self.training)
+        entries: dict[str, Any] = factors._modules
         factor = entries.get(name)
         if factor is None:
-            factor = entries[name] = blank(Factor.__new__(Factor))
-            vars(factor)["training"] = self.training
+            factor = entries[name] = Factor.blank(self.training)
         return factor
