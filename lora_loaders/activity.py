@@ -16,7 +16,7 @@ from .layers.slots import refresh, reweigh
 from .layout import adapter_layers, shared_of
 from .loading import adapter_names, unregister, unwatch
 from .schedules import NOTHING, START, Step, at_step, is_scheduled
-from .weights import by_path, one_each
+from .weights import by_path, number, one_each
 
 
 @exclusive()
@@ -63,21 +63,34 @@ def _weigh(
     model: nn.Module, layers: Sequence[tuple[str, AdapterLayer]], given: Mapping[str, Any], step: Step
 ) -> list[AdapterLayer]:
     """Note the weights of a step; the layers of which they change any."""
-    factors: dict[str, dict[str, float]] = {}
+    common: dict[str, float] = {}
+    tables: dict[str, dict[str, float]] = {}
     for name, weight in given.items():
-        paths = [path for path, layer in layers if name in layer.templates]
-        if paths:
-            try:
-                modules = (path for path, _ in model.named_modules())
-                factors[name] = by_path(at_step(weight, step, name), paths, modules)
-            except AdapterStateError as error:
-                what = f"adapter {name!r}, {type(model).__name__}: {error.what}"
-                raise AdapterStateError(what, problems=error.problems, mend=error.mend, state=error.state) from error
+        if not any(name in layer.templates for _, layer in layers):
+            continue
+        try:
+            now = at_step(weight, step, name)
+            if isinstance(now, Mapping):
+                paths = [path for path, layer in layers if name in layer.templates]
+                tables[name] = by_path(now, paths, (path for path, _ in model.named_modules()))
+            else:
+                common[name] = number(now)
+        except AdapterStateError as error:
+            what = f"adapter {name!r}, {type(model).__name__}: {error.what}"
+            raise AdapterStateError(what, problems=error.problems, mend=error.mend, state=error.state) from error
     changed: list[AdapterLayer] = []
+    merged: dict[int, tuple[Mapping[str, float], Mapping[str, float]]] = {}
     for path, layer in layers:
-        own = {name: table[path] for name, table in factors.items() if path in table}
-        if any(layer.weights[name] != weight for name, weight in own.items()):
-            layer.reweigh(own)
+        before = layer.weights
+        known = merged.get(id(before))  # layers that share their weights go on sharing them
+        if known is None:
+            own = {name: weight for name, weight in common.items() if name in before}
+            known = merged[id(before)] = before, {**before, **own}
+        weights = known[1]
+        if tables:
+            weights = {**weights, **{name: table[path] for name, table in tables.items() if path in table}}
+        if weights != before:
+            layer.weigh(weights)
             changed.append(layer)
     return changed
 
@@ -92,6 +105,7 @@ def _activate(layers: list[AdapterLayer], names: Sequence[str]) -> None:
     active = tuple(names)
     for layer in layers:
         layer.activate(active)
+    for layer in layers[:1]:
         layer.shared.enabled = True
     switch(layers, active)
 

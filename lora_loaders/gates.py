@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .collecting import uncollected
+from .layers.walks import forget, remembered
 from .offloading import in_step
 
 
@@ -151,12 +152,14 @@ def gate_of(model: nn.Module) -> Gate:
 @contextmanager
 def changing(models: Iterable[nn.Module], *, reads_bases: bool = False) -> Generator[None]:
     """The only change of these models while the block lasts, with no forward of them under way; see `in_step`."""
-    with uncollected(), ExitStack() as stack:
+    with uncollected(), remembered(), ExitStack() as stack:
         # In one order everywhere, so that two changes of the same two models never wait for each other.
         for model in sorted({id(model): model for model in models}.values(), key=id):
             gate = gate_of(model)
             gate.enter_change()
             stack.callback(gate.leave_change)
+            if gate.is_outermost:
+                forget()
             if gate.is_outermost or (reads_bases and not gate.has_bases):
                 stack.callback(setattr, gate, "has_bases", gate.has_bases)
                 gate.has_bases = stack.enter_context(in_step(model, reads_bases=reads_bases))

@@ -13,6 +13,7 @@ from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer
 from .layers.raw import raw_parameter
 from .layers.shared import Shared
+from .layers.walks import walk
 
 CONFIGS = "peft_config"
 """Attribute of a model by which diffusers, transformers and PEFT know its adapters."""
@@ -117,6 +118,7 @@ def submodule_at(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+@walk
 def every_module(model: nn.Module, *, adapters: bool = True) -> list[nn.Module]:
     """`modules()` at a tenth of its cost: each switch asks them all; one that stands in two places comes twice.
 
@@ -129,7 +131,8 @@ def every_module(model: nn.Module, *, adapters: bool = True) -> list[nn.Module]:
         if adapters or not isinstance(module, AdapterLayer):
             found.extend(filter(None, children(module).values()))
         else:
-            found.append(module.base_layer)
+            # Past attribute access, which falls through to the base layer's; a raw parameter's layer has none there.
+            found.append(children(module).get("base_layer") or module.base_layer)
     return found
 
 
@@ -161,6 +164,7 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, AdapterLayer) else module
 
 
+@walk
 def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     """Every adapter layer of a model with its path."""
     found: list[tuple[str, AdapterLayer]] = []

@@ -7,6 +7,8 @@ copies by tensor, and on disk they hold a list of tensors and a file, both made 
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 from safetensors.torch import load_file
@@ -23,7 +25,7 @@ Group = tuple[nn.Module, Any]
 def groups_of(model: nn.Module) -> list[Group]:
     """Every group of tensors that is offloaded together, with the module whose hook moves it."""
     found: dict[int, Group] = {}
-    if not any("_diffusers_hook" in vars(module) for module in every_module(model, adapters=False)):
+    if not any(map(contains, map(vars, every_module(model, adapters=False)), repeat("_diffusers_hook"))):
         return []
     for module in every_module(model):
         registry = vars(module).get("_diffusers_hook")

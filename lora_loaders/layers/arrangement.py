@@ -23,6 +23,7 @@ from .slots import Written, bank_of, clear_rest, refresh
 _WEIGHT, _BUFFERS, _DOWN, _UP = map(itemgetter, ("weight", "_buffers", "slot_down", "slot_up"))
 _DEVICE, _REQUIRES_GRAD, _FUSED = map(attrgetter, ("device", "requires_grad", "fused"))
 _IS_NONE = partial(is_, None)
+_PRODUCT = frozenset(("slot_down", "slot_up"))
 KEPT = 8
 """Arrangements that a model keeps, the latest ones."""
 
@@ -102,7 +103,8 @@ class Arrangement:
             ]
             bank_of(layers[0]).write(seats, stacks, ranks)
         for layer, watched in zip(self.layers, self.watched, strict=True):
-            clear_rest(layer)
+            if not _PRODUCT.issuperset(layer.filled) or layer.computed:
+                clear_rest(layer)
             layer.note_written(watched, False)
             if not watched and not layer.shared.reserved:
                 layer.take_slot(None, None)

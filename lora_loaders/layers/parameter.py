@@ -13,6 +13,7 @@ from .kinds import Kind
 from .layer import AdapterLayer
 from .raw import RawParameter
 from .shared import Shared
+from .walks import forget
 
 
 class ParameterLayer(AdapterLayer):
@@ -76,6 +77,7 @@ def layer_for(base: nn.Module, kind: Kind, shared: Shared) -> AdapterLayer:
 
 def install(owner: nn.Module, name: str, layer: AdapterLayer) -> None:
     """Put a layer in its base's place, or beside a raw parameter."""
+    forget()
     if isinstance(layer, ParameterLayer):
         # Not by attribute assignment, which would take the parameter away.
         vars(owner)["_modules"][name] = layer
@@ -86,6 +88,7 @@ def install(owner: nn.Module, name: str, layer: AdapterLayer) -> None:
 
 def uninstall(owner: nn.Module, name: str, layer: AdapterLayer) -> None:
     """Undo `install`; a raw parameter has its own value again."""
+    forget()
     if isinstance(layer, ParameterLayer):
         with torch.no_grad():
             layer.settle()
