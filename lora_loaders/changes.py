@@ -33,11 +33,14 @@ class Change:
         assert self.up is not None
         if weight.is_cuda and weight.dtype in LOW_PRECISION:
             # The tensor cores accumulate in float32 and round once.
-            factors = (self.up.to(weight.dtype), self.down.to(weight.dtype))
+            flat, target = (weight, out) if weight.ndim == 2 else (weight.flatten(1), out.flatten(1))
+            factors = (self.up, self.down)
+            if self.up.dtype != weight.dtype:
+                factors = (self.up.to(weight.dtype), self.down.to(weight.dtype))
             if out.is_contiguous():
-                torch.addmm(weight.flatten(1), *factors, alpha=sign, out=out.flatten(1))
+                torch.addmm(flat, *factors, alpha=sign, out=target)
                 return out
-            return out.copy_(torch.addmm(weight.flatten(1), *factors, alpha=sign).view(weight.shape))
+            return out.copy_(torch.addmm(flat, *factors, alpha=sign).view(weight.shape))
         return torch.add(weight, (self.up @ self.down).view(weight.shape), alpha=sign, out=out)
 
     def memory(self) -> int:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .layers.layer import AdapterLayer
 from .layers.quantised import unsupported
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of
-from .records import BATCH, Fused, Originals, checksum_of
+from .records import Fused, Originals, checksum_of, originals_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +169,10 @@ def _rewrite(wanted: Wanted, safe_fusing: bool) -> None:
 def _bring(wanted: Wanted, safe_fusing: bool, before: list[tuple[AdapterLayer, dict[str, float]]]) -> None:
     """Fuse and unfuse, many layers at once, and list in `before` what was fused into those that have been begun."""
     late: Originals | None = None
-    for batch in _batches(wanted):
+    for are_plain, batch in _batches(wanted):
         for layer, _ in batch:
             before.append((layer, dict(layer.fused.coefficients) if layer.fused is not None else {}))
-        originals = _fuse_batch([(layer, terms) for layer, terms in batch if _cleared_for(layer, terms)], safe_fusing)
+        originals = _fuse_batch(_cleared(batch), are_plain, safe_fusing)
         # Compacting waits for the device; one batch late, the next one's work is under way.
         if late is not None:
             late.compact()
@@ -180,37 +181,36 @@ def _bring(wanted: Wanted, safe_fusing: bool, before: list[tuple[AdapterLayer, d
         late.compact()
 
 
-def _batches(wanted: Wanted) -> Iterator[Wanted]:
-    """The layers in runs of equal weights, of `BATCH` elements at most."""
+def _batches(wanted: Wanted) -> Iterator[tuple[bool, Wanted]]:
+    """The layers in runs of equal plain weights, the others one by one; each time, whether they are plain."""
 
-    def size(item: tuple[AdapterLayer, Any]) -> tuple[bool, int, str, str]:
-        base = item[0].base_layer
-        weight: Tensor = held(base, "weight")
-        return is_plain(base), weight.numel(), str(weight.dtype), str(weight.device)
+    def size(layer: AdapterLayer) -> tuple[bool, int, str, str]:
+        weight: Tensor = held(layer.base_layer, "weight")
+        return is_plain(layer.base_layer), weight.numel(), str(weight.dtype), str(weight.device)
 
-    for (plain, elements, *_), group in groupby(sorted(wanted, key=size), size):
-        layers = list(group)
-        step = max(1, BATCH // elements) if plain else 1
-        yield from (layers[start : start + step] for start in range(0, len(layers), step))
-
-
-@torch.no_grad()
-def _cleared_for(layer: AdapterLayer, coefficients: Mapping[str, float]) -> bool:
-    """Undo what is fused, unless it is this already; whether anything is to be fused then."""
-    layer.settle()
-    if layer.fused is not None:
-        if layer.fused.coefficients == coefficients:
-            return False
-        _restore(layer)
-    return bool(coefficients)
+    sized = sorted(((size(item[0]), item) for item in wanted), key=itemgetter(0))
+    for (plain, *_), group in groupby(sized, itemgetter(0)):
+        layers = [item for _, item in group]
+        step = Originals.most(held(layers[0][0].base_layer, "weight")) if plain else 1
+        yield from ((plain, layers[start : start + step]) for start in range(0, len(layers), step))
 
 
 @torch.no_grad()
-def _fuse_batch(batch: Wanted, safe_fusing: bool) -> Originals | None:
-    """Fuse into plain layers of equal weights: one rounding, whatever the order of calls was.
+def _cleared(batch: Wanted) -> Wanted:
+    """Undo what is fused, unless it is this already; the layers into which anything is to be fused then."""
+    for layer, _ in batch:
+        layer.settle()
+    changing = [item for item in batch if item[0].fused is None or item[0].fused.coefficients != item[1]]
+    _restore([layer for layer, _ in changing if layer.fused is not None])
+    return [(layer, coefficients) for layer, coefficients in changing if coefficients]
+
+
+@torch.no_grad()
+def _fuse_batch(batch: Wanted, are_plain: bool, safe_fusing: bool) -> Originals | None:
+    """Fuse into layers of equal weights: one rounding, whatever the order of calls was.
 
     Returns:
-        The copies of the weights, which are their records until they are compacted.
+        The copies of plain weights, which are their records until they are compacted.
     """
     if not batch:
         return None
@@ -223,10 +223,12 @@ def _fuse_batch(batch: Wanted, safe_fusing: bool) -> Originals | None:
         for layer, coefficients in batch
     ]
     changes = products(items)
-    originals = Originals.room_for(len(batch), items[0][1]) if is_plain(batch[0][0].base_layer) and changes else None
+    originals = (
+        Originals.of([weight for layer, weight, _ in items if layer in changes]) if are_plain and changes else None
+    )
     for (layer, weight, terms), (_, coefficients) in zip(items, batch, strict=True):
         change = changes.get(layer) or difference(terms, weight)
-        _fuse_one(layer, weight, terms, change, coefficients, safe_fusing, originals)
+        _fuse_one(layer, weight, terms, change, coefficients, are_plain, safe_fusing, originals)
     if originals is not None:
         originals.close()
     return originals
@@ -238,24 +240,26 @@ def _fuse_one(
     terms: Terms,
     change: Change | None,
     coefficients: Mapping[str, float],
+    plain: bool,
     safe_fusing: bool,
     originals: Originals | None,
 ) -> None:
     base: Any = layer.base_layer
-    bias = _new_bias(base, terms)
     present = held(base, "bias")
-    quantised = not is_plain(base)
+    bias = _new_bias(base, present, terms)
+    if change is None or change.dense is not None:
+        originals = None  # only products are taken out again by subtraction
     original = None
-    if change is not None and not quantised:
-        shared = originals is not None and change.dense is None
-        original = originals.keep(weight) if originals is not None and shared else weight.clone()
+    if change is not None and plain:
+        original = weight.clone() if originals is None else originals.copy()
     kept = None if bias is None or present is None else present.detach().clone()
     # Before the weight is touched, so that whatever happens can be undone.
-    fused = layer.fused = Fused(dict(coefficients), copy=original, bias=kept, had_bias=present is not None)
+    fused = Fused(dict(coefficients), copy=original, bias=kept, had_bias=present is not None)
+    layer.note_fused(fused)
     if change is not None:
-        before = weight.clone() if quantised else weight
+        before = weight if plain else weight.clone()
         change.add_to(weight, 1.0, out=weight)
-        if quantised:
+        if not plain:
             _store(layer, fused, before, weight)
     if safe_fusing and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
         raise AdapterStateError(
@@ -267,8 +271,8 @@ def _fuse_one(
         base.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     elif bias is not None and present is not None:
         present.data.copy_(bias)
-    if originals is not None and original is not None and change is not None and change.dense is None:
-        originals.compare(weight, fused, change)
+    if originals is not None and change is not None:
+        originals.subtract(fused, change)
     elif original is not None:
         fused.checksum = checksum_of(weight)
 
@@ -286,10 +290,9 @@ def _store(layer: AdapterLayer, fused: Fused, before: Tensor, weight: Tensor) ->
     fused.lost = ((read_weight(layer.base_layer) - weight).square().sum(), wanted.square().sum())
 
 
-def _new_bias(base: nn.Module, deltas: Terms) -> Tensor | None:
-    """The bias with the changes added, in the weight's dtype; None where no delta changes it."""
-    own = held(base, "bias")
-    changes = [(bias, c) for delta, c in deltas if (bias := delta.delta_bias(own)) is not None]
+def _new_bias(base: nn.Module, present: Tensor | None, deltas: Terms) -> Tensor | None:
+    """The bias with the changes added, in its dtype; None where no delta changes it."""
+    changes = [(bias, c) for delta, c in deltas if (bias := delta.delta_bias(present)) is not None]
     if not changes:
         return None
     if not hasattr(base, "bias"):
@@ -299,7 +302,6 @@ def _new_bias(base: nn.Module, deltas: Terms) -> Tensor | None:
             state="Nothing was fused.",
         )
     weight = held(base, "weight")
-    present = held(base, "bias")
     if present is None and weight is not base.weight:
         raise unsupported(base, "is offloaded leaf by leaf and has no bias to fuse the adapter's into")
     start = torch.zeros((), device=weight.device) if present is None else computing(present.detach())
@@ -307,20 +309,21 @@ def _new_bias(base: nn.Module, deltas: Terms) -> Tensor | None:
     return total.to(adapter_dtype(base) if present is None else present.dtype)
 
 
-@torch.no_grad()
-def _restore(layer: AdapterLayer) -> None:
-    """Put the base layer back to the bit."""
-    fused: Fused = layer.fused
-    base: Any = layer.base_layer
-    if fused.record is not None:
-        restore(base, fused.record)
-    elif is_plain(base):
-        original = fused.original(layer)
-        weight = read_weight(base)
+def _restore(layers: Sequence[AdapterLayer]) -> None:
+    """Put base layers of one batch back to the bit."""
+    plain = [layer for layer in layers if layer.fused.record is None and is_plain(layer.base_layer)]
+    originals = originals_of(plain) if plain else []
+    weights = [read_weight(layer.base_layer) for layer in plain]
+    for weight, original in zip(weights, originals, strict=True):
         if original is not weight:
             weight.copy_(original)
-    if fused.bias is not None:
-        held(base, "bias").data.copy_(fused.bias)
-    elif not fused.had_bias and getattr(base, "bias", None) is not None:
-        base.register_parameter("bias", None)
-    layer.fused = None
+    for layer in layers:
+        fused: Fused = layer.fused
+        base: Any = layer.base_layer
+        if fused.record is not None:
+            restore(base, fused.record)
+        if fused.bias is not None:
+            held(base, "bias").data.copy_(fused.bias)
+        elif not fused.had_bias and getattr(base, "bias", None) is not None:
+            base.register_parameter("bias", None)
+        layer.note_fused(None)

@@ -1,5 +1,6 @@
 """What fusing keeps, so that unfusing gives back every bit: what was added, and where subtracting it misses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,9 +12,10 @@ from .changes import Change
 from .errors import AdapterStateError
 from .layers.base_weight import BITS, Record, read_original, read_weight
 from .layers.layer import AdapterLayer
+from .layers.memory import memory_of
 
-BATCH = 1 << 27
-"""Elements of the weights whose originals are held at the same time; as bfloat16 and with their mask, 400 MB."""
+LARGEST = 1 << 28
+"""Elements of the weights whose originals are held at the same time, at most."""
 
 
 @dataclass
@@ -45,39 +47,35 @@ class Fused:
     lost: tuple[Tensor, Tensor] | None = None
 
     def original(self, layer: AdapterLayer) -> Tensor:
-        """The weight before fusing, as a new tensor on the weight's device.
-
-        Raises:
-            AdapterStateError: the weight is no longer what fusing left, so its original cannot be computed.
-        """
+        """The weight before fusing, on the weight's device; see `originals_of`."""
         if self.record is not None:
             return read_original(layer.base_layer, self.record)
-        weight = read_weight(layer.base_layer)
+        return originals_of([layer])[0]
+
+    def computed(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weight was before fusing, where the record lies, and that of which the checksum was taken."""
         if self.copy is not None:
-            self._check(weight, weight.dtype)
-            return self.copy.to(weight.device)
+            return self.copy, weight
         if self.change is None:
-            return weight
+            return weight, weight
         assert self.where is not None
         assert self.values is not None
         # Redone where it was done: another device may sum in another order.
         restored = self.change.add_to(weight.to(self.where.device), -1.0).contiguous()
         restored.view(-1).index_copy_(0, self.where.long(), self.values.to(restored.dtype))
-        self._check(restored, weight.dtype)
-        return restored.to(weight.device)
+        return restored, restored
 
-    def _check(self, given: Tensor, now: torch.dtype) -> None:
-        """Raise unless this is what the checksum was taken of."""
-        if self.checksum is None or torch.equal(checksum_of(given).to(self.checksum.device), self.checksum):
-            return
+    def refused(self, weight: Tensor) -> AdapterStateError:
+        """The error for a weight that gives another checksum."""
         kept = self.copy if self.copy is not None else self.values
-        if kept is not None and kept.dtype != now:
-            raise AdapterStateError(
-                f"a weight was fused in {kept.dtype} and is {now} now, where what was added cannot be told exactly",
+        if kept is not None and kept.dtype != weight.dtype:
+            return AdapterStateError(
+                f"a weight was fused in {kept.dtype} and is {weight.dtype} now, where what was added cannot be told "
+                "exactly",
                 mend=f"Call .to({kept.dtype}) first; every bit can still come back.",
                 state="Nothing was unfused.",
             )
-        raise AdapterStateError(
+        return AdapterStateError(
             "a fused weight is not what fusing left: it was changed, cast or trained since",
             mend="Keep the weights as they are with unload_lora_weights(keep_fused=True), "
             "or load the model's own again.",
@@ -92,47 +90,88 @@ class Fused:
         return recorded + changed + sum(tensor.nbytes for tensor in kept if tensor is not None)
 
 
+@torch.no_grad()
+def originals_of(layers: Sequence[AdapterLayer]) -> list[Tensor]:
+    """The weights of plain layers as they were before fusing, each on its weight's device.
+
+    Checksums are compared all at once, since that waits for the device.
+
+    Raises:
+        AdapterStateError: a weight is no longer what fusing left, so its original cannot be computed.
+    """
+    weights = [read_weight(layer.base_layer) for layer in layers]
+    found = [layer.fused.computed(weight) for layer, weight in zip(layers, weights, strict=True)]
+    checked = [
+        (layer.fused, weight, checksum_of(given).to(layer.fused.checksum.device))
+        for layer, weight, (_, given) in zip(layers, weights, found, strict=True)
+        if layer.fused.checksum is not None
+    ]
+    if checked and not _are_equal([(checksum, fused.checksum) for fused, _, checksum in checked]):
+        raise next(fused.refused(weight) for fused, weight, checksum in checked if checksum != fused.checksum)
+    return [original.to(weight.device) for (original, _), weight in zip(found, weights, strict=True)]
+
+
+def _are_equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    devices = {one.device for one, _ in pairs}
+    own = [[pair for pair in pairs if pair[0].device == device] for device in devices]
+    return all(torch.equal(*map(torch.stack, zip(*group, strict=True))) for group in own)
+
+
 @dataclass
 class Originals:
     """Weights of one size as they were before fusing, side by side until what subtraction misses is known.
 
     Counting that waits for the device, so it is done for many weights at once.
 
-    Shapes: weights `[layers, elements]`, missed `[layers, elements]`.
+    Shapes: weights, restored and missed `[layers, elements]`.
     """
 
     weights: Tensor
+    results: Sequence[Tensor]
+    """The weights themselves, to be fused."""
+    restored: Tensor
+    """What subtracting the change from the fused weight gives."""
     missed: Tensor
+    """Where that is another."""
     done: Any = None
     """The event after which all is written that compacting reads."""
     fused: list[Fused] = field(default_factory=list[Fused])
     changes: list[Change] = field(default_factory=list[Change])
-    results: list[Tensor] = field(default_factory=list[Tensor])
-    """The weights themselves, fused."""
+
+    @staticmethod
+    def most(weight: Tensor) -> int:
+        """How many weights like this one are to be held at once: a fifth of what memory is free, or 1.3 GB."""
+        free, _ = memory_of(weight.device)
+        each = weight.numel() * (2 * weight.element_size() + 1)
+        return max(1, min(LARGEST // weight.numel(), free // 5 // each))
 
     @classmethod
-    def room_for(cls, layers: int, weight: Tensor) -> "Originals":
-        """Room for as many weights like this one."""
-        weights = torch.empty(layers, weight.numel(), dtype=weight.dtype, device=weight.device)
-        return cls(weights, torch.empty_like(weights, dtype=torch.bool))
+    def of(cls, weights: Sequence[Tensor]) -> "Originals":
+        """Copies of these weights, which are about to be fused into."""
+        kept = torch.empty(len(weights), weights[0].numel(), dtype=weights[0].dtype, device=weights[0].device)
+        for row, weight in zip(kept, weights, strict=True):
+            row.view(weight.shape).copy_(weight)  # one by one at the full speed of memory, together at two thirds
+        return cls(kept, weights, torch.empty_like(kept), torch.empty_like(kept, dtype=torch.bool))
 
-    def keep(self, weight: Tensor) -> Tensor:
-        """A copy of the weight, which is about to be fused into."""
-        return self.weights[len(self.fused)].view(weight.shape).copy_(weight)
+    def copy(self) -> Tensor:
+        """The copy of the weight that is fused into next."""
+        row = len(self.fused)
+        return self.weights[row].view(self.results[row].shape)
 
-    def compare(self, weight: Tensor, fused: Fused, change: Change) -> None:
-        """Note where subtracting the change from the weight, now fused, misses the copy that was kept last."""
+    def subtract(self, fused: Fused, change: Change) -> None:
+        """Note what the last copied weight is when the change is taken out of it again."""
         row = len(self.fused)
         self.fused.append(fused)
         self.changes.append(change)
-        self.results.append(weight)
-        # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
-        bits = BITS[weight.element_size()]
-        restored = change.add_to(weight, -1.0).view(bits)
-        torch.ne(restored, self.weights[row].view(bits).view(weight.shape), out=self.missed[row].view(weight.shape))
+        weight = self.results[row]
+        change.add_to(weight, -1.0, out=self.restored[row].view(weight.shape))
 
     def close(self) -> None:
-        """No weight comes after this."""
+        """No weight comes after this: find what subtraction missed."""
+        # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
+        bits = BITS[self.weights.element_size()]
+        torch.ne(self.restored.view(bits), self.weights.view(bits), out=self.missed)
+        del self.restored
         self.done = torch.cuda.current_stream(self.weights.device).record_event() if self.weights.is_cuda else None
 
     @torch.no_grad()

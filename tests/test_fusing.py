@@ -10,7 +10,7 @@ from tiny_models import Made, adapter_file, bits, changed_bits, components_of, p
 from torch import Tensor, nn
 
 import lora_loaders as ll
-from lora_loaders import fusing
+from lora_loaders import fusing, records
 from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import apply
 from lora_loaders.deltas import Delta, build
@@ -596,7 +596,7 @@ def test_weights_are_fused_alike_in_batches_of_any_size(
     fused = bits(pipe.unet)
     pipe.unfuse_lora()
     for elements in (1, 300):
-        monkeypatch.setattr(fusing, "BATCH", elements)
+        monkeypatch.setattr(records, "LARGEST", elements)
         pipe.fuse_lora()
         assert changed_bits(fused, pipe.unet) == []
         pipe.unfuse_lora()

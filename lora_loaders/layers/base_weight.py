@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_loaders.errors import AdapterStateError
 
-from .held import held
+from .held import held, parameter_of
 from .quantised import STORED_ONLY, Stored, scheme_of
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,10 +24,9 @@ def logical_shape(base: nn.Module) -> tuple[int, ...]:
 
 def is_plain(base: nn.Module) -> bool:
     """Whether the weight is an ordinary floating tensor of its logical shape, read and written as it is."""
-    weight = base.weight
+    weight = parameter_of(base, "weight")
     return (
-        isinstance(weight, Tensor)
-        and type(weight) in (Tensor, nn.Parameter)
+        type(weight) in (Tensor, nn.Parameter)
         and weight.is_floating_point()
         and weight.dtype not in STORED_ONLY
         and tuple(weight.shape) == logical_shape(base)
