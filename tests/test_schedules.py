@@ -12,7 +12,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.modular_pipelines import FluxAutoBlocks
 from every_pipeline import CASES, build, made
-from tiny_models import adapter_file, pipeline, render
+from tiny_models import adapter_file, patching, pipeline, render
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,15 +28,6 @@ SIZE = {"height": 8, "width": 8, "output_type": "latent"}
 
 def one_minus(progress: float) -> float:
     return 1 - progress
-
-
-@contextmanager
-def patched() -> Iterator[None]:
-    ll.patch_diffusers()
-    try:
-        yield
-    finally:
-        ll.unpatch_diffusers()
 
 
 def adapted(family: str, *, attach: bool = True) -> Any:
@@ -131,7 +122,7 @@ def test_a_schedule_gives_what_a_loop_by_hand_gives_to_the_bit(family: str, way:
         pipe.set_adapters(["a", "b"], [1.0, 0.25])
         assert not torch.equal(draw(pipe), expected)
         return
-    with patched():
+    with patching():
         pipe = adapted(family, attach=False)
         pipe.set_adapters(["a", "b"], given)
         assert torch.equal(draw(pipe), expected)
@@ -393,7 +384,7 @@ class Bare(diffusers.DiffusionPipeline):
 
 @pytest.mark.parametrize("way", ["attach", "patch_diffusers"])
 def test_a_pipeline_without_a_callback_is_followed_by_its_scheduler(way: str) -> None:
-    with patched():
+    with patching():
         parts = pipeline("sd15")
         pipe: Any = Bare(parts.unet, parts.scheduler)
         if way == "attach":
