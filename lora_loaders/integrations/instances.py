@@ -16,7 +16,7 @@ from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraBlocksMixin, LoraPipelineMixin
 
 from .equipping import equip, is_equipped, unequip
-from .scale import unwatch_scale, watch_scale
+from .scale import scale_argument, unwatch_scale, watch_scale
 
 T = TypeVar("T")
 _HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
@@ -61,14 +61,14 @@ def _equip_model(model: nn.Module) -> None:
 
 
 def _blocks_of(pipeline: object) -> list[Any]:
-    """A modular pipeline's blocks that encode prompts, at any depth."""
+    """A modular pipeline's blocks that scale its text encoders, at any depth."""
     found: list[Any] = []
     waiting = [vars(pipeline).get("_blocks")]
     while waiting:
         block: Any = waiting.pop()
         if block is not None:
             waiting += block.sub_blocks.values()
-            if callable(getattr(block, "encode_prompt", None)):
+            if scale_argument(block) is not None:
                 found.append(block)
     return found
 

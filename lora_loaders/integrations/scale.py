@@ -128,6 +128,14 @@ def scaled(models: Iterable[nn.Module], scale: float) -> Generator[None]:
         yield
 
 
+def scale_argument(block: Any) -> str | None:
+    """The argument in which a modular pipeline's block finds its text encoders' scale; None for every other block."""
+    if block.sub_blocks or not any(part.name.startswith("text_encoder") for part in block.expected_components):
+        return None
+    asked = {given.name for given in block.inputs}
+    return next((spelling for spelling in SPELLINGS if spelling in asked), None)
+
+
 def encode_scaled(models: Iterable[nn.Module], encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A pipeline's own `encode_prompt` with `lora_scale` honoured here, whether peft is there or not.
 
