@@ -9,6 +9,7 @@ from lora_loaders.activity import unload
 from lora_loaders.attaching import RESERVED_RANK
 from lora_loaders.fusing import fused_adapters, unfuse_all
 from lora_loaders.gates import unwatch_forwards, watch_forwards
+from lora_loaders.hotswap import CHECK
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import adapter_names, check_foreign
 from lora_loaders.mixins.components import components_of
@@ -90,6 +91,7 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
             unload(model, keep_fused=keep_fused)
     for instance in (*_blocks_of(target), *models, target):
         instance.__dict__.pop(RESERVED_RANK, None)
+        instance.__dict__.pop(CHECK, None)
         if isinstance(instance, nn.Module):
             unwatch_forwards(instance)
             unwatch_scale(instance)

@@ -92,7 +92,7 @@ def _leave(model: nn.Module, shared: Shared | None) -> None:
 
 
 def _is_common(model: nn.Module, shared: Shared) -> bool:
-    return bool(shared.parameters) or _is_compiled(model)
+    return bool(shared.parameters) or is_compiled(model)
 
 
 def _write(shared: Shared, scale: float) -> None:
@@ -101,7 +101,7 @@ def _write(shared: Shared, scale: float) -> None:
         refresh(shared.parameters)
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model runs compiled code: by its own `compile`, or wrapped by `torch.compile`."""
     modules = model.modules()
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)  # type: ignore[attr-defined]

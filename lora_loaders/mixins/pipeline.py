@@ -17,7 +17,7 @@ from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
-from lora_loaders.hotswap import Targets, reserve
+from lora_loaders.hotswap import Check, Targets, reserve
 from lora_loaders.integrations.denoising import follow_call
 from lora_loaders.integrations.equipping import equip
 from lora_loaders.integrations.scale import encode_scaled, scale_argument, scaled
@@ -275,12 +275,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     def enable_lora_hotswap(
         self,
         target_rank: int = 128,
-        check_compiled: str = "error",
+        check_compiled: Check = "error",
         *,
         targets: Targets | Mapping[str, Targets] | None = None,
     ) -> None:
         """Give every adapted layer, and every one that `targets` means, room for this rank; see `hotswap.reserve`."""
-        reserve(self.lora_components, target_rank, targets)
+        reserve(self.lora_components, target_rank, targets, check_compiled)
 
     # Fusing
 
