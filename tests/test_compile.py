@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Made, adapter_file, flux, pipeline
+from tiny_models import Made, adapter_file, add_changes, flux, pipeline
 from torch import Tensor
 
 import lora_loaders as ll
@@ -72,22 +72,27 @@ def check(model: Any, expected: Tensor, **kwargs: Any) -> None:
         torch.testing.assert_close(model(**INPUTS, **kwargs)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", ["compile", "load"])
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_that_becomes_of_adapters_recompiles(way: str) -> None:
+def test_nothing_that_becomes_of_adapters_recompiles(way: str, first: str) -> None:
     model = fresh()
     model.enable_lora_hotswap(target_rank=RANK, targets="all-linear")
-    compiled = WAYS[way](model, backend="eager", fullgraph=True)
-    check(compiled, wanted())
     (a, of_a), (b, of_b), (c, of_c) = (
         made_for(["to_q", "to_k"], 4, 1),
         made_for(["to_k", "proj_mlp"], 8, 2),
         made_for(["to_v", "norm1.linear"], 2, 3),
     )
+    full, of_full = made_for(["to_out.0", "to_k"], RANK, 4)
     assert of_a.keys() & of_b.keys()
     assert not of_a.keys() & of_c.keys()
     assert (wanted((1.0, of_a)) - wanted()).abs().max() > 1e-3
-    with no_recompile:
+    if first == "load":
         model.load_lora_adapter(a, adapter_name="a")
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((1.0, of_a)) if first == "load" else wanted())
+    with no_recompile:
+        if first == "compile":
+            model.load_lora_adapter(a, adapter_name="a")
         check(compiled, wanted((1.0, of_a)))
         model.load_lora_adapter(b, adapter_name="b")
         check(compiled, wanted((1.0, of_b)))
@@ -100,10 +105,34 @@ def test_nothing_that_becomes_of_adapters_recompiles(way: str) -> None:
         check(compiled, wanted((0.5, of_c), (-2.0, of_b)))
         model.delete_adapters("b")
         check(compiled, wanted((0.5, of_c)))
+        model.load_lora_adapter(full, adapter_name="a", hotswap=True)  # as high as there is room
+        check(compiled, wanted((0.5, of_full)))
         model.delete_adapters("a")
         check(compiled, wanted())
         model.load_lora_adapter(b, adapter_name="d")
         check(compiled, wanted((1.0, of_b)))
+
+
+def test_a_unet_swaps_convolutions_too_without_recompiling() -> None:
+    torch._dynamo.reset()
+    pipe: Any = ll.attach(pipeline("sd15"))
+    inputs = (torch.linspace(-1, 1, 256).view(1, 4, 8, 8), 5, torch.linspace(-1, 1, 96).view(1, 3, 32))
+    low, high = (adapter_file(pipe, components=["unet"], seed=s, rank=r) for s, r in ((1, 2), (2, RANK)))
+    pipe.load_lora_weights(low.tensors, "a")
+    pipe.enable_lora_hotswap(target_rank=RANK)
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        pipe.unet(*inputs)
+        with no_recompile:
+            pipe.load_lora_weights(high.tensors, "a", hotswap=True)
+            swapped = pipe.unet(*inputs).sample
+            pipe.set_adapters("a", {"unet": {"down": 0.5, "mid": 0.0}})
+            pipe.unet(*inputs)
+            pipe.delete_adapters("a")
+            pipe.unet(*inputs)
+        plain: Any = pipeline("sd15")
+        add_changes(plain, high)
+        torch.testing.assert_close(swapped, plain.unet(*inputs).sample, rtol=1e-3, atol=1e-4)
 
 
 def test_a_number_as_scale_recompiles_no_block() -> None:

@@ -13,6 +13,7 @@ from tiny_models import adapter_file, components_of, flux, pipeline
 from torch import Tensor, nn
 
 import lora_loaders as ll
+from lora_loaders import loading
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.gates import Gate, changing, gate_of
 from lora_loaders.layers.layer import AdapterLayer
@@ -114,6 +115,30 @@ def test_a_forward_sees_the_adapters_before_a_change_or_after_it_and_no_mixture(
     assert torch.equal(seen[0], old)
     new = model(x)
     assert not torch.equal(new, old)
+
+
+def test_forwards_go_on_while_another_thread_plans_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    x = torch.randn(3, 4)
+    old, plans = model(x), loading.plan_contents
+    planning, went_on = threading.Event(), threading.Event()
+
+    def plan(*args: Any, **options: Any) -> Any:
+        planning.set()
+        assert went_on.wait(WAIT)
+        return plans(*args, **options)
+
+    def generate() -> None:
+        planning.wait(WAIT)
+        assert torch.equal(model(x), old)
+        model.set_adapters("a", 2.0)  # a change goes before it as well
+        went_on.set()
+
+    monkeypatch.setattr(loading, "plan_contents", plan)
+    together(lambda: model.load_lora_adapter(change_of(3), adapter_name="c", prefix=None), generate)
+    assert model.active_adapters() == ["c"]
+    assert model.early.weights == {"a": 2.0, "c": 1.0}
 
 
 def test_a_forward_that_comes_during_a_change_waits_and_sees_all_of_it() -> None:
