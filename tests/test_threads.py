@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_compile import INPUTS
-from tiny_models import adapter_file, components_of, flux, pipeline
+from tiny_models import adapter_file, bits, changed_bits, components_of, flux, pipeline, render
 from torch import Tensor, nn
 
 import lora_loaders as ll
@@ -218,6 +218,26 @@ def test_pipelines_that_share_a_model_change_it_one_after_the_other() -> None:
 
     assert one.get_list_adapters() == two.get_list_adapters() == {}
     assert not [m for model in components_of(one).values() for m in model.modules() if isinstance(m, AdapterLayer)]
+
+
+def test_fusing_through_two_pipelines_that_share_their_models_gives_every_bit_back() -> None:
+    one = ll.attach(pipeline("sd15"))
+    two: Any = ll.attach(type(one)(**one.components))
+    file = {name: adapter_file(one, seed=n, scale=0.1) for n, name in enumerate("ab")}
+    before, plain = {name: bits(model) for name, model in components_of(one).items()}, render(one)
+
+    def work(pipe: Any, name: str) -> None:
+        for _ in range(3):
+            pipe.load_lora_weights(file[name].tensors, adapter_name=name)
+            pipe.fuse_lora(adapter_names=[name])
+            assert name in pipe.fused_loras
+            pipe.delete_adapters(name)
+
+    together(lambda: work(one, "a"), lambda: work(two, "b"))
+
+    assert one.fused_loras == two.fused_loras == set()
+    assert [key for name, model in components_of(one).items() for key in changed_bits(before[name], model)] == []
+    assert torch.equal(render(two), plain)
 
 
 def test_opposite_orders_of_two_models_do_not_wait_for_each_other() -> None:
