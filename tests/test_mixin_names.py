@@ -119,6 +119,9 @@ def test_every_method_shows_the_arguments_that_diffusers_shows(way: str) -> None
 def test_what_a_signature_shows_can_be_read() -> None:
     longest = max((str(s) for name in THEIRS for s in signatures(getattr(ll, name)).values()), key=len)
     assert len(longest) < 3000, longest
+    for method in ("save_lora_weights", "load_lora_into_transformer"):
+        shown = getattr(ll.FluxLoraLoaderMixin, method)
+        assert (shown.__name__, "Args:" in shown.__doc__) == (method, True)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -25,7 +25,7 @@ class class_or_instance(Generic[T]):
 
     def __get__(self, instance: Any, owner: type) -> Callable[..., T]:
         target = owner if instance is None else instance
-        bound = partial(self._function, target)
+        bound = update_wrapper(partial(self._function, target), self._function)  # type: ignore[arg-type]
         bound.__signature__ = self._signature(target)  # type: ignore[attr-defined]
         return bound
 
