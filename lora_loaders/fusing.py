@@ -159,11 +159,11 @@ def _rewrite(wanted: Wanted, safe_fusing: bool) -> None:
     before: list[tuple[AdapterLayer, dict[str, float]]] = []
     try:
         _bring(wanted, safe_fusing, before)
+        refresh(layer for layer, _ in wanted)
     except BaseException:
         _bring(list(reversed(before)), False, [])
-        raise
-    finally:
         refresh(layer for layer, _ in wanted)
+        raise
 
 
 def _bring(wanted: Wanted, safe_fusing: bool, before: list[tuple[AdapterLayer, dict[str, float]]]) -> None:

@@ -1,45 +1,107 @@
 """Room for hot-swapping: slots that stand ready before their adapters come, so that compiled code finds them there."""
 
+import logging
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .attaching import RESERVED_RANK
-from .errors import AdapterMismatchError
+from .errors import AdapterMismatchError, AdapterStateError
 from .gates import changing, watch_forwards
-from .integrations.scale import watch_scale
+from .integrations.scale import is_compiled, watch_scale
 from .layers.kinds import kind_of
 from .layers.layer import AdapterLayer
 from .layers.parameter import install, uninstall
 from .layers.shared import Shared
 from .layers.slots import refresh
 from .layout import adapter_layers, shared_of, submodule_at
+from .plans import AttachPlan
 from .tuning.adding import target_modules
 from .tuning.config import LoraConfig
 
+logger = logging.getLogger(__name__)
+Check = Literal["error", "warn", "ignore"]
+CHECK = "_lora_check_compiled"
+"""Where a model keeps what a swap does that its compiled code cannot follow; beside `RESERVED_RANK`."""
 Targets = str | Collection[str]
 """Modules, by PEFT's rules: names or endings of paths, one regular expression for whole paths, or "all-linear"."""
 
 
-def reserve(models: Mapping[str, nn.Module], rank: int, targets: Targets | Mapping[str, Targets] | None = None) -> None:
+def reserve(
+    models: Mapping[str, nn.Module],
+    rank: int,
+    targets: Targets | Mapping[str, Targets] | None = None,
+    check_compiled: Check = "error",
+) -> None:
     """Give every slot, of present and of coming layers, room for this rank, so that swapping finds the same storage.
 
     Args:
         models: component -> model.
         rank: the sum of the ranks that are to be active together, in one layer.
         targets: modules that get an empty slot now, whether they have an adapter or not; by component if a mapping.
+        check_compiled: what becomes of a change that compiled code can follow only by being compiled again: of making
+            this room now, and of a later swap that finds none. "error" refuses it, "warn" says so, "ignore" does it.
 
     Raises:
-        ValueError: no positive rank.
+        ValueError: no positive rank, or another word for `check_compiled`.
         AdapterMismatchError: targets that mean no module, or a component that is not there.
+        AdapterStateError: a model is compiled, has not this room, and `check_compiled` is "error".
     """
     if rank <= 0:
         raise ValueError(f"target_rank is a positive number, not {rank}")
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(
+            f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
+        )
     with changing(models.values()):
         chosen = _chosen(models, targets)
         for component, model in models.items():
+            present = (path for path, layer in adapter_layers(model) if layer.kind.low_rank is not None)
+            _check(component, model, dict.fromkeys([*present, *chosen.get(component, ())], rank), check_compiled)
+        for component, model in models.items():
             _reserve(model, rank, chosen.get(component, {}))
+            model.__dict__[CHECK] = check_compiled
+
+
+def check_swap(plan: AttachPlan, name: str) -> None:
+    """See that an adapter finds room in all models that have some reserved, where the one of this name stood.
+
+    Raises:
+        AdapterStateError: a compiled model has no room for it, and `enable_lora_hotswap` was told to refuse that.
+    """
+    for component in plan.components:
+        model = plan.models[component]
+        if CHECK in model.__dict__:
+            beside = {path: _active_rank(layer, name) for path, layer in adapter_layers(model)}
+            own = [binding for binding in plan.bindings if binding.component == component]
+            ranks = {b.path: (b.delta.rank or 1) + beside.get(b.path, 0) for b in own}
+            _check(component, model, ranks, model.__dict__[CHECK])
+
+
+def _active_rank(layer: AdapterLayer, leaving: str) -> int:
+    names = [name for name in layer.active if name in layer.templates and name != leaving]
+    return sum(layer.templates[name].rank or 0 for name in names)
+
+
+def _check(component: str, model: nn.Module, ranks: Mapping[str, int], check_compiled: Check) -> None:
+    """Say of a compiled model, or refuse, that a slot is too small where it is; ranks are by the layer's path."""
+    if not ranks or not is_compiled(model):
+        return
+    slots = {path: layer.slot_down for path, layer in adapter_layers(model)}
+    room = {path: 0 if (slot := slots.get(path)) is None else slot.shape[0] for path in ranks}
+    lacking = [f"{path}: room for rank {room[path]}, not {rank}" for path, rank in ranks.items() if rank > room[path]]
+    what = f"{component} is compiled, and {len(lacking)} of its layers have not the room that is asked for"
+    if lacking and check_compiled == "error":
+        raise AdapterStateError(
+            what,
+            problems=lacking,
+            mend="Call enable_lora_hotswap with a sufficient target_rank and targets before compiling, or with "
+            'check_compiled="ignore" to let the next forward compile again.',
+            state="Nothing was changed.",
+        )
+    if lacking and check_compiled == "warn":
+        logger.warning("%s (%s): the next forward compiles again", what, "; ".join(lacking[:3]))
 
 
 def _chosen(

@@ -18,6 +18,7 @@ from .files import Contents
 from .formats import NO_SUFFIX, RawModule, read_modules
 from .fusing import fused_adapters
 from .gates import changing, unwatch_forwards, versions, watch_forwards
+from .hotswap import check_swap
 from .integrations.equipping import is_equipped
 from .integrations.scale import unwatch_scale, watch_scale
 from .layout import CONFIGS, LOADED, ModelLayout, adapter_layers, is_foreign, shared_of
@@ -338,6 +339,7 @@ def _swap(plan: AttachPlan, models: Mapping[str, nn.Module], name: str) -> None:
                 mend="Call unfuse_lora() first.",
                 state="Nothing was changed.",
             )
+    check_swap(plan, name)
     active = any(name in layer.active for model in holders.values() for _, layer in adapter_layers(model))
     weight = _common_weight(holders.values(), name)
     before = {c: layers[0][1].active for c, model in models.items() if (layers := adapter_layers(model))}

@@ -1,14 +1,22 @@
-"""What all tests share: one thread, no network, and each real architecture built once on the meta device."""
+"""What all tests share: one thread, no network, diffusers patched on request, each real architecture built once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import diffusers
 import pytest
 import torch
 from shared_files import architectures
+from tiny_models import patching
 from torch import nn
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    """diffusers' classes are patched in the test."""
+    with patching():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Made, adapter_file, flux, pipeline
+from tiny_models import Made, adapter_file, add_changes, flux, pipeline
 from torch import Tensor
 
 import lora_loaders as ll
@@ -72,22 +72,27 @@ def check(model: Any, expected: Tensor, **kwargs: Any) -> None:
         torch.testing.assert_close(model(**INPUTS, **kwargs)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", ["compile", "load"])
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_that_becomes_of_adapters_recompiles(way: str) -> None:
+def test_nothing_that_becomes_of_adapters_recompiles(way: str, first: str) -> None:
     model = fresh()
     model.enable_lora_hotswap(target_rank=RANK, targets="all-linear")
-    compiled = WAYS[way](model, backend="eager", fullgraph=True)
-    check(compiled, wanted())
     (a, of_a), (b, of_b), (c, of_c) = (
         made_for(["to_q", "to_k"], 4, 1),
         made_for(["to_k", "proj_mlp"], 8, 2),
         made_for(["to_v", "norm1.linear"], 2, 3),
     )
+    full, of_full = made_for(["to_out.0", "to_k"], RANK, 4)
     assert of_a.keys() & of_b.keys()
     assert not of_a.keys() & of_c.keys()
     assert (wanted((1.0, of_a)) - wanted()).abs().max() > 1e-3
-    with no_recompile:
+    if first == "load":
         model.load_lora_adapter(a, adapter_name="a")
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((1.0, of_a)) if first == "load" else wanted())
+    with no_recompile:
+        if first == "compile":
+            model.load_lora_adapter(a, adapter_name="a")
         check(compiled, wanted((1.0, of_a)))
         model.load_lora_adapter(b, adapter_name="b")
         check(compiled, wanted((1.0, of_b)))
@@ -100,10 +105,34 @@ def test_nothing_that_becomes_of_adapters_recompiles(way: str) -> None:
         check(compiled, wanted((0.5, of_c), (-2.0, of_b)))
         model.delete_adapters("b")
         check(compiled, wanted((0.5, of_c)))
+        model.load_lora_adapter(full, adapter_name="a", hotswap=True)  # as high as there is room
+        check(compiled, wanted((0.5, of_full)))
         model.delete_adapters("a")
         check(compiled, wanted())
         model.load_lora_adapter(b, adapter_name="d")
         check(compiled, wanted((1.0, of_b)))
+
+
+def test_a_unet_swaps_convolutions_too_without_recompiling() -> None:
+    torch._dynamo.reset()
+    pipe: Any = ll.attach(pipeline("sd15"))
+    inputs = (torch.linspace(-1, 1, 256).view(1, 4, 8, 8), 5, torch.linspace(-1, 1, 96).view(1, 3, 32))
+    low, high = (adapter_file(pipe, components=["unet"], seed=s, rank=r) for s, r in ((1, 2), (2, RANK)))
+    pipe.load_lora_weights(low.tensors, "a")
+    pipe.enable_lora_hotswap(target_rank=RANK)
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        pipe.unet(*inputs)
+        with no_recompile:
+            pipe.load_lora_weights(high.tensors, "a", hotswap=True)
+            swapped = pipe.unet(*inputs).sample
+            pipe.set_adapters("a", {"unet": {"down": 0.5, "mid": 0.0}})
+            pipe.unet(*inputs)
+            pipe.delete_adapters("a")
+            pipe.unet(*inputs)
+        plain: Any = pipeline("sd15")
+        add_changes(plain, high)
+        torch.testing.assert_close(swapped, plain.unet(*inputs).sample, rtol=1e-3, atol=1e-4)
 
 
 def test_a_number_as_scale_recompiles_no_block() -> None:
@@ -163,6 +192,78 @@ def test_a_full_change_recompiles_once_and_then_never() -> None:
         check(model, wanted((0.5, {path: change})))
         model.delete_adapters("full")
         check(model, wanted())
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The package's own words; torch logs as well."""
+    return [record.message for record in caplog.records if record.name == "lora_loaders.hotswap"]
+
+
+@pytest.mark.parametrize("way", ["repeated blocks", "model.compile"])
+def test_room_that_is_made_in_a_compiled_model_is_refused_said_or_made(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = fresh()
+    tensors, changes = made_for(["to_q"], 4, 1)
+    model.load_lora_adapter(tensors, adapter_name="a")
+    model.enable_lora_hotswap(target_rank=4)  # before it is compiled: diffusers refuses that as well
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((1.0, changes)))
+    slots = {path: layer.slot_down for path, layer in adapter_layers(model)}
+    model.enable_lora_hotswap(target_rank=4)  # there already
+    for options in ({"target_rank": RANK}, {"target_rank": 4, "targets": ["to_k"]}):
+        with pytest.raises(ll.AdapterStateError, match="is compiled") as error:
+            model.enable_lora_hotswap(**options)
+        assert any(".to_q: room for rank 8" in p or ".to_k: room for rank 0" in p for p in error.value.problems)
+    assert slots == {path: layer.slot_down for path, layer in adapter_layers(model)}
+    with no_recompile:
+        check(compiled, wanted((1.0, changes)))
+    assert said(caplog) == []
+    model.enable_lora_hotswap(target_rank=RANK, check_compiled="warn")
+    assert len(said(caplog)) == 1
+    model.enable_lora_hotswap(target_rank=RANK, targets=["to_k"], check_compiled="ignore")
+    assert len(said(caplog)) == 1
+    check(compiled, wanted((1.0, changes)))
+    with pytest.raises(ValueError, match="check_compiles should be one of"):
+        model.enable_lora_hotswap(check_compiled="never")
+
+
+def test_a_pipeline_tells_a_component_that_torch_compile_wraps() -> None:
+    torch._dynamo.reset()
+    pipe: Any = ll.attach(pipeline("flux1"))
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ll.AdapterStateError, match="transformer is compiled"):
+        pipe.enable_lora_hotswap(target_rank=RANK, targets={"transformer": ["to_q"], "text_encoder": ["q_proj"]})
+    assert not [layer for model in pipe.lora_components.values() for layer in adapter_layers(model)]
+    pipe.enable_lora_hotswap(target_rank=RANK, targets={"text_encoder": ["q_proj"]})
+
+
+@pytest.mark.parametrize("check_compiled", ["error", "warn", "ignore"])
+def test_a_swap_that_finds_no_room_in_a_compiled_model_does_as_it_was_told(
+    check_compiled: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = fresh()
+    model.enable_lora_hotswap(target_rank=8, check_compiled=check_compiled, targets=["to_q"])
+    (a, of_a), (other, of_other), (high, of_high) = (
+        made_for(["to_q"], 4, 1),
+        made_for(["to_q", "to_k"], 4, 2),
+        made_for(["to_q"], 12, 3),
+    )
+    model.load_lora_adapter(made_for(["to_v"], 12, 4)[0], adapter_name="a")
+    model.load_lora_adapter(a, adapter_name="a", hotswap=True)  # as long as it is not compiled, all may come
+    compiled = WAYS["model.compile"](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((1.0, of_a)))
+    for tensors, changes in ((high, of_high), (other, of_other)):
+        caplog.clear()
+        if check_compiled == "error":
+            with pytest.raises(ll.AdapterStateError, match="is compiled"), no_recompile:
+                model.load_lora_adapter(tensors, adapter_name="a", hotswap=True)
+            with no_recompile:
+                check(compiled, wanted((1.0, of_a)))
+        else:
+            model.load_lora_adapter(tensors, adapter_name="a", hotswap=True)
+            assert len(said(caplog)) == (check_compiled == "warn")
+            check(compiled, wanted((1.0, changes)))
 
 
 def test_reserved_room_changes_nothing_and_goes_with_unloading() -> None:

@@ -26,6 +26,8 @@ MIXINS = [
 def test_every_mixin_of_the_installed_diffusers_has_a_pipeline_here() -> None:
     assert len(MIXINS) > 30
     assert sorted(MIXINS) == sorted([*CASES, *READY])
+    ours = [name for name in ll.__all__ if name.endswith("LoraLoaderMixin") or name == "LoraLoaderMixin"]
+    assert sorted(ours) == sorted(MIXINS)
 
 
 @pytest.mark.parametrize("mixin", MIXINS)

@@ -1,6 +1,7 @@
 """Every mixin that diffusers has stands here under the same name, and says what diffusers' own says."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -13,11 +14,12 @@ import diffusers.loaders.unet as unet
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import adapter_file, pipeline
+from tiny_models import adapter_file, patching, pipeline
 from tiny_models import unet as tiny_unet
 from torch import Tensor
 
 import lora_loaders as ll
+from lora_loaders.mixins.class_or_instance import class_or_instance
 
 MODULES = (lora_base, lora_pipeline, peft_mixins, unet, transformer_flux, transformer_sd3)
 THEIRS: dict[str, Any] = {
@@ -54,38 +56,72 @@ def test_a_mixin_knows_the_family_of_its_models(name: str) -> None:
         assert said is not None
 
 
-FREE = {"components", "load_into_transformer_ref", "reset_to_overwritten_params"}
-"""Where ours has None for diffusers' list and for what it finds out by itself, and puts widened layers back."""
+ON_PURPOSE = {
+    ("fuse_lora", "components"): "None is every component with an adapter; lists leave out Wan's second transformer",
+    ("unfuse_lora", "components"): "as fuse_lora's; AuraFlow's list has a component that cannot be unfused",
+    ("unload_lora_weights", "reset_to_overwritten_params"): "unloading leaves nothing, a widened input layer neither",
+    ("load_lora_weights", "load_into_transformer_ref"): "None lets the file's own keys say it",
+    ("enable_lora_hotswap", "kwargs"): "the arguments that a model's method has, by name; another is an error",
+}
+"""(method, parameter) -> why it is another than diffusers'."""
 
 
-@pytest.mark.parametrize("name", THEIRS)
-def test_every_call_that_binds_in_diffusers_binds_here(name: str) -> None:
-    theirs, ours = THEIRS[name], getattr(ll, name)
-    wrong: list[str] = []
-    for method in dir(theirs):
-        own = inspect.getattr_static(theirs, method)
-        if method.startswith("_") or not (inspect.isfunction(own) or isinstance(own, (classmethod, staticmethod))):
-            continue
-        parameters = inspect.signature(getattr(theirs, method)).parameters
-        said = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        signature = inspect.signature(getattr(ours, method))
-        if said.keys() <= {"self"} and "kwargs" in parameters:  # a base class that leaves it to others
-            continue
-        positions = [n for n, p in said.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        needed = [n for n in positions if said[n].default is inspect.Parameter.empty]
-        try:
-            bound = signature.bind(*positions).arguments
-            signature.bind(*needed, **{n: n for n in said if n not in needed})
-        except TypeError as error:
-            wrong.append(f"{method}: {error}")
-            continue
-        wrong += [f"{method}: {k} stands where {v} does" for k, v in bound.items() if isinstance(v, str) and k != v]
-        for n, parameter in said.items():
-            if n in signature.parameters and n not in FREE and parameter.default is not inspect.Parameter.empty:
-                default = signature.parameters[n].default
-                if default != parameter.default:
-                    wrong.append(f"{method}: {n} is {default}, there {parameter.default}")
-    assert wrong == []
+def unlike(method: str, theirs: inspect.Signature, ours: inspect.Signature) -> set[tuple[str, str]]:
+    """Parameters of diffusers' that are not found here in their place, of their kind, with their default.
+
+    Where diffusers needs an argument, ours may have a default; what it takes as `**kwargs` may have names here; and
+    behind its own there may be more.
+    """
+    wrong: set[tuple[str, str]] = set()
+    own, spare = list(ours.parameters.values()), {p.kind for p in ours.parameters.values()}
+    for index, parameter in enumerate(theirs.parameters.values()):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found = parameter.VAR_KEYWORD in spare
+        else:
+            one = own[index] if index < len(own) else parameter.replace(name="none")
+            same = parameter.default in (one.default, parameter.empty)
+            found = (one.name, one.kind) == (parameter.name, parameter.kind) and same
+        if not found:
+            wrong.add((method, parameter.name))
+    return wrong
+
+
+def signatures(cls: Any) -> dict[str, inspect.Signature]:
+    """Of a mixin's public methods, those aside that a base class leaves to others."""
+    found: dict[str, inspect.Signature] = {}
+    for name in dir(cls):
+        own = inspect.getattr_static(cls, name)
+        methods = (classmethod, staticmethod, class_or_instance)
+        if not name.startswith("_") and (inspect.isfunction(own) or isinstance(own, methods)):
+            shown = inspect.signature(getattr(cls, name))
+            if list(shown.parameters) not in (["kwargs"], ["self", "kwargs"]) or name == "enable_lora_hotswap":
+                found[name] = shown
+    return found
+
+
+UNPATCHED = {name: signatures(cls) for name, cls in THEIRS.items()}
+
+
+@pytest.mark.parametrize("way", ["by name", "attach", "patch_diffusers"])
+def test_every_method_shows_the_arguments_that_diffusers_shows(way: str) -> None:
+    differences: set[tuple[str, str]] = set()
+    with patching() if way == "patch_diffusers" else nullcontext():
+        for name, theirs in UNPATCHED.items():
+            cls = THEIRS[name] if way == "patch_diffusers" else getattr(ll, name)
+            if way == "attach":
+                mixin = ll.LoraPipelineMixin if name in PIPELINES else getattr(ll, name)
+                cls = type(name, (mixin, THEIRS[name]), {})  # as an instance gets it
+            for method, signature in theirs.items():
+                differences |= unlike(method, signature, inspect.signature(getattr(cls, method)))
+    assert differences == set(ON_PURPOSE)
+
+
+def test_what_a_signature_shows_can_be_read() -> None:
+    longest = max((str(s) for name in THEIRS for s in signatures(getattr(ll, name)).values()), key=len)
+    assert len(longest) < 3000, longest
+    for method in ("save_lora_weights", "load_lora_into_transformer"):
+        shown = getattr(ll.FluxLoraLoaderMixin, method)
+        assert (shown.__name__, "Args:" in shown.__doc__) == (method, True)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

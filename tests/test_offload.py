@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import flux
+from tiny_models import adapter_file, flux, pipeline, render
 from torch import Tensor, nn
 
 import lora_loaders as ll
-from lora_loaders import fusing
+from lora_loaders import attaching, fusing
 from lora_loaders.errors import AdapterMismatchError, UnsupportedBaseError
 from lora_loaders.gates import changing
 from lora_loaders.layers.held import held
@@ -193,6 +193,69 @@ def test_a_failed_load_leaves_hooks_and_output_as_they_were(offload: Callable[[n
 
     assert hooks_of(model) == hooks
     close(run(model), before)
+
+
+FAILURES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "load": (attaching, "refresh", lambda m: m.load_lora_adapter(file(2), adapter_name="b")),
+    "swap": (attaching, "refresh", lambda m: m.load_lora_adapter(file(2), adapter_name="a", hotswap=True)),
+    "fuse": (fusing, "refresh", lambda m: m.fuse_lora()),
+    "fuse, half way": (fusing, "_fuse_batch", lambda m: m.fuse_lora()),
+}
+
+
+@pytest.mark.parametrize("call", FAILURES)
+def test_an_error_in_the_midst_of_a_call_leaves_hooks_and_output_as_they_were(
+    call: str, offload: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh()
+    model.load_lora_adapter(file(1), adapter_name="a")
+    offload(model)
+    before, hooks = run(model), hooks_of(model)
+    owner, name, step = FAILURES[call]
+
+    original = getattr(owner, name)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, name, original)  # undoing it goes the same way
+        original(*args, **options)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(model)
+
+    assert hooks_of(model) == hooks
+    assert not fusing.fused_adapters(model)
+    close(run(model), before)
+    step(model)  # and it can be done again
+
+
+@pytest.mark.parametrize("first", ["offload", "load"])
+def test_a_whole_pipeline_in_groups_does_what_it_does_without(first: str) -> None:
+    plain, pipe = (ll.attach(pipeline("sd15")) for _ in range(2))
+    made = adapter_file(plain)
+    untouched = render(plain)
+
+    def load() -> None:
+        for one in (plain, pipe):
+            one.load_lora_weights(made.tensors, adapter_name="a")
+
+    if first == "load":
+        load()
+    pipe.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+    if first == "offload":
+        close(render(pipe), untouched)
+        load()
+    for step in (
+        lambda one: one.set_adapters("a", {"unet": 0.5, "text_encoder": -1.0}),
+        lambda one: one.fuse_lora(),
+        lambda one: one.unfuse_lora(),
+        lambda one: one.unload_lora_weights(),
+    ):
+        for one in (plain, pipe):
+            step(one)
+        close(render(pipe), render(plain))
+    close(render(pipe), untouched)
 
 
 def test_saving_under_offloading_writes_what_was_loaded(offload: Callable[[nn.Module], None], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, adapter_file, components_of, flux, pipeline, render, scale_argument, unet
+from tiny_models import FAMILIES, adapter_file, components_of, flux, patching, pipeline, render, scale_argument, unet
 from torch import Tensor
 
 import lora_loaders as ll
@@ -207,8 +207,7 @@ def test_a_patched_pipeline_that_loaded_with_peft_goes_on_with_peft() -> None:
     half = render(twin)
     with pytest.raises(ll.AdapterStateError, match="peft"):
         ll.attach(theirs)
-    ll.patch_diffusers()
-    try:
+    with patching():
         theirs.set_adapters("old", 0.5)
         assert torch.equal(render(theirs), half)
         theirs.disable_lora()
@@ -226,5 +225,3 @@ def test_a_patched_pipeline_that_loaded_with_peft_goes_on_with_peft() -> None:
         theirs.load_lora_weights(made.tensors, adapter_name="new")
         assert any(isinstance(module, ll.AdapterLayer) for module in theirs.unet.modules())
         theirs.unload_lora_weights()
-    finally:
-        ll.unpatch_diffusers()

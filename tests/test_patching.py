@@ -3,7 +3,6 @@
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -13,23 +12,25 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import FluxLoraLoaderMixin, lora_base, lora_pipeline
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
-from tiny_models import DENOISERS, Made, adapter_file, add_changes, bits, changed_bits, components_of, pipeline, render
+from tiny_models import (
+    DENOISERS,
+    Made,
+    adapter_file,
+    add_changes,
+    bits,
+    changed_bits,
+    components_of,
+    patching,
+    pipeline,
+    render,
+)
 from torch import nn
 
 import lora_loaders as ll
-from lora_loaders.integrations import patching
+from lora_loaders.integrations.patching import MODEL, PIPELINE
 from lora_loaders.layout import shared_of
 
 pytestmark = pytest.mark.parity
-
-
-@pytest.fixture
-def patched() -> Iterator[None]:
-    ll.patch_diffusers()
-    try:
-        yield
-    finally:
-        ll.unpatch_diffusers()
 
 
 def below(cls: type) -> set[type]:
@@ -230,17 +231,14 @@ def test_saving_a_whole_pipeline_writes_plain_keys_and_says_what_it_leaves_out(
 
 
 def test_the_mixins_that_are_patched_are_diffusers_own() -> None:
-    ll.patch_diffusers()
-    try:
+    with patching():
         loads = vars(lora_pipeline.WanLoraLoaderMixin)["load_lora_weights"]
         assert inspect.unwrap(loads) is ll.LoraPipelineMixin.load_lora_weights
         assert lora_pipeline.WanLoraLoaderMixin.transformer_name == "transformer"
-    finally:
-        ll.unpatch_diffusers()
     assert vars(lora_pipeline.WanLoraLoaderMixin)["load_lora_weights"].__module__ == lora_pipeline.__name__
 
 
-@pytest.mark.parametrize("methods", [patching.PIPELINE, patching.MODEL])
+@pytest.mark.parametrize("methods", [PIPELINE, MODEL])
 def test_no_function_that_is_put_on_another_class_asks_for_its_own(methods: dict[str, Any]) -> None:
     """`super()` and `__class__` are variables of the class body, and wrong anywhere else."""
     functions: dict[str, Any] = {}

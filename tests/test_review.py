@@ -97,7 +97,7 @@ def test_the_second_position_is_the_denoisers_layers(tmp_path: Path) -> None:
     assert "0.125" not in str(error.value)
     with pytest.raises(TypeError, match="adapter_name="):
         pipe.save_lora_weights(tmp_path, "a")
-    with pytest.raises(TypeError, match="twice"):
+    with pytest.raises(TypeError, match="multiple values"):
         pipe.save_lora_weights(tmp_path, layers, unet_lora_layers=layers)
     with pytest.raises(TypeError, match="_lora_layers"):
         ll.LoraPipelineMixin.save_lora_weights(tmp_path, layers)
@@ -112,14 +112,16 @@ def test_load_lora_into_takes_positions_as_diffusers_does() -> None:
     encoder = factors(pipe, "text_encoder")
     type(pipe).load_lora_into_text_encoder(encoder, None, pipe.text_encoder, None, 0.5, "a")
     assert {w for _, layer in adapter_layers(pipe.text_encoder) for w in layer.weights.values()} == {0.5}
-    with pytest.raises(TypeError, match=r"hotswop.*hotswap"):
+    with pytest.raises(TypeError, match="hotswop"):
         type(pipe).load_lora_into_unet(layers, None, pipe.unet, hotswop=True)
-    with pytest.raises(TypeError, match="adapter_name twice"):
+    with pytest.raises(TypeError, match="multiple values for argument 'adapter_name'"):
         type(pipe).load_lora_into_unet(layers, None, pipe.unet, "c", adapter_name="c")
-    with pytest.raises(TypeError, match="at most"):
+    with pytest.raises(TypeError, match="positional arguments"):
         type(pipe).load_lora_into_unet(layers, None, pipe.unet, "c", None, False, False, None, 1)
-    with pytest.raises(TypeError, match="unet is a module"):
+    with pytest.raises(TypeError, match="'unet'"):
         type(pipe).load_lora_into_unet(layers, pipe.unet)
+    with pytest.raises(TypeError, match="unet is a module"):
+        type(pipe).load_lora_into_unet(layers, pipe.unet, None)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])

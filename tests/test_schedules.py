@@ -1,6 +1,7 @@
 """Weights that follow the denoising: each step has the weight that its progress says, and the calls leave nothing."""
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.modular_pipelines import FluxAutoBlocks
 from every_pipeline import CASES, build, made
-from tiny_models import adapter_file, pipeline, render
+from tiny_models import adapter_file, bits, changed_bits, patching, pipeline, render
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,15 +29,6 @@ SIZE = {"height": 8, "width": 8, "output_type": "latent"}
 
 def one_minus(progress: float) -> float:
     return 1 - progress
-
-
-@contextmanager
-def patched() -> Iterator[None]:
-    ll.patch_diffusers()
-    try:
-        yield
-    finally:
-        ll.unpatch_diffusers()
 
 
 def adapted(family: str, *, attach: bool = True) -> Any:
@@ -131,7 +123,7 @@ def test_a_schedule_gives_what_a_loop_by_hand_gives_to_the_bit(family: str, way:
         pipe.set_adapters(["a", "b"], [1.0, 0.25])
         assert not torch.equal(draw(pipe), expected)
         return
-    with patched():
+    with patching():
         pipe = adapted(family, attach=False)
         pipe.set_adapters(["a", "b"], given)
         assert torch.equal(draw(pipe), expected)
@@ -330,6 +322,91 @@ def test_a_part_of_the_way_is_a_whole_way_for_a_picture_that_is_given() -> None:
     assert seen == [0, 0.5, 1]
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "given"),
+    [
+        (diffusers.DDPMScheduler, {"timesteps": [900, 500, 450, 3]}),
+        (diffusers.EulerDiscreteScheduler, {"timesteps": [999, 10, 5, 1]}),
+        (diffusers.EulerDiscreteScheduler, {"sigmas": [14.0, 3.0, 0.5, 0.0]}),
+    ],
+)
+def test_progress_counts_the_steps_and_not_the_times_that_the_user_gives(scheduler: Any, given: Any) -> None:
+    pipe, turns = adapted("sd15"), list[int]()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_adapters("a", lambda progress: progress)
+
+    def note(pipe: Any, index: int, time: Any, tensors: Any) -> Any:
+        turns.append(index)
+        return tensors
+
+    with observed(pipe) as seen:
+        draw(pipe, 50, callback_on_step_end=note, **given)
+    assert len(turns) == len(seen) > 2
+    assert seen == [turn / turns[-1] for turn in turns]
+
+
+def test_sigmas_and_strength_together_leave_a_whole_way() -> None:
+    parts = pipeline("flux1").components
+    pipe = ll.attach(diffusers.FluxImg2ImgPipeline(**{k: v for k, v in parts.items() if v is not None}))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(adapter_file(pipeline("flux1")).tensors, "a")
+    pipe.set_adapters("a", lambda progress: progress)
+    with observed(pipe) as seen, torch.no_grad():
+        pipe(
+            "a cat",
+            image=torch.rand(1, 3, 8, 8),
+            strength=0.6,
+            num_inference_steps=5,
+            sigmas=[1.0, 0.7, 0.5, 0.2, 0.1],
+            max_sequence_length=8,
+            **SIZE,
+        )
+    assert seen == [0, 0.5, 1]
+
+
+def test_a_callback_that_interrupts_leaves_the_weights_at_rest() -> None:
+    pipe = adapted("sd15")
+    pipe.set_adapters("a", lambda progress: progress)
+
+    def stop(pipe: Any, index: int, time: Any, tensors: Any) -> Any:
+        pipe._interrupt = index == 1
+        return tensors
+
+    with observed(pipe) as seen:
+        draw(pipe, 4, callback_on_step_end=stop)
+    assert seen == [0, 1 / 3]
+    assert weights_of(pipe.unet) == {0.0}
+
+
+def test_a_copy_follows_its_schedules_by_itself() -> None:
+    pipe = adapted("sd15")
+    pipe.set_adapters(["a", "b"], [lambda progress: progress, ll.PerStep([1.0, 0.5])])
+    expected = draw(pipe)
+    twin = copy.deepcopy(pipe)
+    pipe.set_adapters(["a", "b"], 0.0)
+    assert torch.equal(draw(twin), expected)
+    twin.set_adapters("a", one_minus)
+    twin.unet = pickle.loads(pickle.dumps(twin.unet))
+    with observed(twin) as seen:
+        draw(twin)
+    assert seen == [1, 1 - 1 / 3, 1 - 2 / 3, 0]
+
+
+def test_a_function_that_cannot_be_pickled_says_so_and_a_pipeline_is_saved_all_the_same(tmp_path: Any) -> None:
+    pipe = adapted("sd15")
+    plain = bits(pipe.unet)
+    pipe.set_adapters("a", {"unet": {"down": lambda progress: progress}})
+    for write in (pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(ll.AdapterStateError, match=r"(?s)schedule of a cannot be pickled: .*lambda.*PerStep"):
+            write(pipe.unet)
+    pipe.unet.save_pretrained(tmp_path)
+    read = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
+    assert changed_bits(plain, read) == []
+    with observed(pipe) as seen:
+        draw(pipe, 2)
+    assert set(seen) == {0.0, 1.0}
+
+
 def test_each_turn_of_a_second_order_scheduler_is_a_step() -> None:
     pipe = adapted("sd15")
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -393,7 +470,7 @@ class Bare(diffusers.DiffusionPipeline):
 
 @pytest.mark.parametrize("way", ["attach", "patch_diffusers"])
 def test_a_pipeline_without_a_callback_is_followed_by_its_scheduler(way: str) -> None:
-    with patched():
+    with patching():
         parts = pipeline("sd15")
         pipe: Any = Bare(parts.unet, parts.scheduler)
         if way == "attach":

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_compile import INPUTS
-from tiny_models import adapter_file, components_of, flux, pipeline
+from tiny_models import adapter_file, bits, changed_bits, components_of, flux, pipeline, render
 from torch import Tensor, nn
 
 import lora_loaders as ll
+from lora_loaders import loading
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.gates import Gate, changing, gate_of
 from lora_loaders.layers.layer import AdapterLayer
@@ -116,6 +117,30 @@ def test_a_forward_sees_the_adapters_before_a_change_or_after_it_and_no_mixture(
     assert not torch.equal(new, old)
 
 
+def test_forwards_go_on_while_another_thread_plans_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    x = torch.randn(3, 4)
+    old, plans = model(x), loading.plan_contents
+    planning, went_on = threading.Event(), threading.Event()
+
+    def plan(*args: Any, **options: Any) -> Any:
+        planning.set()
+        assert went_on.wait(WAIT)
+        return plans(*args, **options)
+
+    def generate() -> None:
+        planning.wait(WAIT)
+        assert torch.equal(model(x), old)
+        model.set_adapters("a", 2.0)  # a change goes before it as well
+        went_on.set()
+
+    monkeypatch.setattr(loading, "plan_contents", plan)
+    together(lambda: model.load_lora_adapter(change_of(3), adapter_name="c", prefix=None), generate)
+    assert model.active_adapters() == ["c"]
+    assert model.early.weights == {"a": 2.0, "c": 1.0}
+
+
 def test_a_forward_that_comes_during_a_change_waits_and_sees_all_of_it() -> None:
     model = slow()
     model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
@@ -193,6 +218,26 @@ def test_pipelines_that_share_a_model_change_it_one_after_the_other() -> None:
 
     assert one.get_list_adapters() == two.get_list_adapters() == {}
     assert not [m for model in components_of(one).values() for m in model.modules() if isinstance(m, AdapterLayer)]
+
+
+def test_fusing_through_two_pipelines_that_share_their_models_gives_every_bit_back() -> None:
+    one = ll.attach(pipeline("sd15"))
+    two: Any = ll.attach(type(one)(**one.components))
+    file = {name: adapter_file(one, seed=n, scale=0.1) for n, name in enumerate("ab")}
+    before, plain = {name: bits(model) for name, model in components_of(one).items()}, render(one)
+
+    def work(pipe: Any, name: str) -> None:
+        for _ in range(3):
+            pipe.load_lora_weights(file[name].tensors, adapter_name=name)
+            pipe.fuse_lora(adapter_names=[name])
+            assert name in pipe.fused_loras
+            pipe.delete_adapters(name)
+
+    together(lambda: work(one, "a"), lambda: work(two, "b"))
+
+    assert one.fused_loras == two.fused_loras == set()
+    assert [key for name, model in components_of(one).items() for key in changed_bits(before[name], model)] == []
+    assert torch.equal(render(two), plain)
 
 
 def test_opposite_orders_of_two_models_do_not_wait_for_each_other() -> None:

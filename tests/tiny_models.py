@@ -4,7 +4,8 @@ Each has a handful of blocks of width 32 to 64 and runs a whole call in some ten
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_loaders import LoraPipelineMixin
+import lora_loaders as ll
 
 WIDTH = 32
 """Width of every text encoder and of the conditioning that the denoisers take."""
@@ -245,6 +246,16 @@ def _spoken(encoder: Any) -> Tensor:
         return encoder(input_ids=torch.arange(2, 8)[None], output_hidden_states=True).hidden_states[-1]
 
 
+@contextmanager
+def patching() -> Iterator[None]:
+    """diffusers' classes are patched in the block."""
+    ll.patch_diffusers()
+    try:
+        yield
+    finally:
+        ll.unpatch_diffusers()
+
+
 def scale_argument(family: str, scale: float) -> dict[str, Any]:
     """The call's argument that scales the adapters."""
     return {SCALE_ARGUMENTS.get(family, "joint_attention_kwargs"): {"scale": scale}}
@@ -391,7 +402,7 @@ class Photograph:
 def photograph(pipe: Any) -> Photograph:
     models = list(components_of(pipe).values())
     states = [model.state_dict() for model in models]
-    ours = isinstance(pipe, LoraPipelineMixin)  # diffusers' own methods of these names want peft
+    ours = isinstance(pipe, ll.LoraPipelineMixin)  # diffusers' own methods of these names want peft
     listed, active = (pipe.get_list_adapters(), pipe.get_active_adapters()) if ours else ({}, [])
     hook_tables = ("_forward_pre_hooks", "_forward_hooks")
     return Photograph(

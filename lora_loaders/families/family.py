@@ -22,7 +22,7 @@ class Shape:
     blocks: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Family:
     """One model family.
 
@@ -54,6 +54,10 @@ class Family:
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
     trainer_names: Literal["original", "trainer", "diffusers"] = "original"
     traversal: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict[str, tuple[tuple[str, str], ...]])
+
+    def __repr__(self) -> str:
+        """Its name alone: all families are the default of a parameter that editors show."""
+        return f"<{self.name}>"
 
     @property
     def denoiser(self) -> str:

@@ -5,7 +5,7 @@ Code that was written for diffusers goes on after a warning; its tests and its u
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from lora_loaders.errors import NothingFitsError, UnknownFormatError
 from lora_loaders.formats import NO_SUFFIX
 from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport
+from lora_loaders.mixins.class_or_instance import class_or_instance
 from lora_loaders.mixins.component_loading import ComponentLoadingMixin
 from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraPipelineMixin
@@ -141,9 +142,10 @@ def load_lora_adapter(
         return _nothing(type(self).__name__, error, OF_MODELS)
 
 
-def _into(name: str, role: str, logger: logging.Logger) -> Callable[..., LoadReport]:
+def _into(name: str, role: str, logger: logging.Logger) -> Any:
     """A `load_lora_into_…` that warns where nothing fits."""
-    method: Any = vars(ComponentLoadingMixin)[name].__func__
+    ours = vars(ComponentLoadingMixin)[name]
+    method: Any = ours.__wrapped__
 
     @functools.wraps(method)
     def load_into(cls: type, state_dict: Any, *args: Any, **options: Any) -> LoadReport:
@@ -155,7 +157,7 @@ def _into(name: str, role: str, logger: logging.Logger) -> Callable[..., LoadRep
             model = next((value for value in (options.get(role), *args) if isinstance(value, nn.Module)), cls)
             return _nothing(type(model).__name__, error, logger)
 
-    return load_into
+    return ours.over(load_into) if isinstance(ours, class_or_instance) else classmethod(load_into)
 
 
 def _norm_layers(self: nn.Module) -> dict[str, Any] | None:
@@ -167,9 +169,9 @@ def _norm_layers(self: nn.Module) -> dict[str, Any] | None:
 PIPELINE_WORDS: dict[str, Any] = {
     "load_lora_weights": load_lora_weights,
     "set_adapters": set_adapters,
-    "load_lora_into_unet": classmethod(_into("load_lora_into_unet", "unet", OF_MODELS)),
-    "load_lora_into_transformer": classmethod(_into("load_lora_into_transformer", "transformer", OF_MODELS)),
-    "load_lora_into_text_encoder": classmethod(_into("load_lora_into_text_encoder", "text_encoder", OF_BASE)),
+    "load_lora_into_unet": _into("load_lora_into_unet", "unet", OF_MODELS),
+    "load_lora_into_transformer": _into("load_lora_into_transformer", "transformer", OF_MODELS),
+    "load_lora_into_text_encoder": _into("load_lora_into_text_encoder", "text_encoder", OF_BASE),
 }
 MODEL_WORDS: dict[str, Any] = {
     "load_lora_adapter": load_lora_adapter,

@@ -9,6 +9,7 @@ from lora_loaders.activity import unload
 from lora_loaders.attaching import RESERVED_RANK
 from lora_loaders.fusing import fused_adapters, unfuse_all
 from lora_loaders.gates import unwatch_forwards, watch_forwards
+from lora_loaders.hotswap import CHECK
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import adapter_names, check_foreign
 from lora_loaders.mixins.components import components_of
@@ -16,7 +17,7 @@ from lora_loaders.mixins.model import LoraModelMixin
 from lora_loaders.mixins.pipeline import LoraBlocksMixin, LoraPipelineMixin
 
 from .equipping import equip, is_equipped, unequip
-from .scale import unwatch_scale, watch_scale
+from .scale import scale_argument, unwatch_scale, watch_scale
 
 T = TypeVar("T")
 _HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
@@ -61,14 +62,14 @@ def _equip_model(model: nn.Module) -> None:
 
 
 def _blocks_of(pipeline: object) -> list[Any]:
-    """A modular pipeline's blocks that encode prompts, at any depth."""
+    """A modular pipeline's blocks that scale its text encoders, at any depth."""
     found: list[Any] = []
     waiting = [vars(pipeline).get("_blocks")]
     while waiting:
         block: Any = waiting.pop()
         if block is not None:
             waiting += block.sub_blocks.values()
-            if callable(getattr(block, "encode_prompt", None)):
+            if scale_argument(block) is not None:
                 found.append(block)
     return found
 
@@ -90,6 +91,7 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
             unload(model, keep_fused=keep_fused)
     for instance in (*_blocks_of(target), *models, target):
         instance.__dict__.pop(RESERVED_RANK, None)
+        instance.__dict__.pop(CHECK, None)
         if isinstance(instance, nn.Module):
             unwatch_forwards(instance)
             unwatch_scale(instance)

@@ -92,7 +92,7 @@ def _leave(model: nn.Module, shared: Shared | None) -> None:
 
 
 def _is_common(model: nn.Module, shared: Shared) -> bool:
-    return bool(shared.parameters) or _is_compiled(model)
+    return bool(shared.parameters) or is_compiled(model)
 
 
 def _write(shared: Shared, scale: float) -> None:
@@ -101,7 +101,7 @@ def _write(shared: Shared, scale: float) -> None:
         refresh(shared.parameters)
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model runs compiled code: by its own `compile`, or wrapped by `torch.compile`."""
     modules = model.modules()
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)  # type: ignore[attr-defined]
@@ -126,6 +126,14 @@ def scaled(models: Iterable[nn.Module], scale: float) -> Generator[None]:
                 _enter(model, shared, scale)
                 stack.callback(_leave, model, shared)
         yield
+
+
+def scale_argument(block: Any) -> str | None:
+    """The argument in which a modular pipeline's block finds its text encoders' scale; None for every other block."""
+    if block.sub_blocks or not any(part.name.startswith("text_encoder") for part in block.expected_components):
+        return None
+    asked = {given.name for given in block.inputs}
+    return next((spelling for spelling in SPELLINGS if spelling in asked), None)
 
 
 def encode_scaled(models: Iterable[nn.Module], encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """The state that all adapter layers of one model share; there is no other outside the layers themselves."""
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -8,10 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_loaders.errors import AdapterStateError
+
 
 def _one() -> Tensor:
     with torch.inference_mode(False):  # or it could be written to in inference mode only
         return torch.ones((), dtype=torch.float64, device="cpu")
+
+
+class _Schedules(dict[str, Any]):
+    """Schedules on their way into a pickle or a copy, where they become a plain dictionary again."""
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return dict(self)  # nothing in them is written to
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        for name, schedule in self.items():
+            try:
+                pickle.dumps(schedule)
+            except Exception as error:
+                raise AdapterStateError(
+                    f"the schedule of {name} cannot be pickled: {error}",
+                    mend="Use a function that a module defines or a PerStep, or set_adapters with numbers before.",
+                    state="Nothing was written.",
+                ) from error
+        return dict, (dict(self),)
 
 
 @dataclass
@@ -42,7 +64,7 @@ class Shared:
     """Active adapters -> how the slots are written for them, see `arrangement`; emptied when adapters come or go."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "arrangements": {}}
+        return {**vars(self), "arrangements": {}, "schedules": _Schedules(self.schedules)}
 
     @property
     def scale(self) -> float:

@@ -1,7 +1,7 @@
 """diffusers' mixins of single model classes: they load image prompts (IP-Adapter), and ours add the LoRA methods."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,31 @@ class UNet2DConditionLoadersMixin(LoraModelMixin, UNet):
         return self.load_lora_adapter(contents.tensors, prefix=prefix, **options)
 
     def save_attn_procs(  # pyright: ignore[reportIncompatibleMethodOverride]  # diffusers' tells nothing
-        self, save_directory: str | os.PathLike[str], *args: Any, **options: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        **options: Any,
     ) -> Path | None:
-        """Write the model's adapter, or Custom Diffusion's layers where it carries those and no adapter."""
+        """Write the model's adapter, or Custom Diffusion's layers where it carries those and no adapter.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: only this process writes.
+            weight_name: file name; the usual one if None.
+            save_function: for Custom Diffusion's layers, called with tensors and path instead of writing safetensors.
+            safe_serialization: False writes a pickle.
+            options: adapter_name, the first one's if not given, and format; see `save_lora_adapter`.
+
+        Returns:
+            Path of the adapter's file.
+        """
+        how: dict[str, Any] = {"weight_name": weight_name, "safe_serialization": safe_serialization}
         if not adapter_names(self):
-            UNet.save_attn_procs(self, save_directory, *args, **options)  # pyright: ignore[reportUnknownMemberType]
+            how |= {"is_main_process": is_main_process, "save_function": save_function}
+            UNet.save_attn_procs(self, save_directory, **how, **options)  # pyright: ignore[reportUnknownMemberType]
             return None
-        return self.save_lora_adapter(save_directory, options.pop("adapter_name", adapter_names(self)[0]), **options)
+        name = options.pop("adapter_name", adapter_names(self)[0])
+        return self.save_lora_adapter(save_directory, name, **how, **options) if is_main_process else None

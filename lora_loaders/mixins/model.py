@@ -19,7 +19,7 @@ from lora_loaders.families import FAMILIES, Family
 from lora_loaders.files import Contents, read
 from lora_loaders.fuse_report import FuseReport
 from lora_loaders.gates import changing
-from lora_loaders.hotswap import Targets, reserve
+from lora_loaders.hotswap import Check, Targets, reserve
 from lora_loaders.joining import follow_parts
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
@@ -244,10 +244,10 @@ class LoraModelMixin(nn.Module):
         activity.unload(self, keep_fused=keep_fused)
 
     def enable_lora_hotswap(
-        self, target_rank: int = 128, check_compiled: str = "error", *, targets: Targets | None = None
+        self, target_rank: int = 128, check_compiled: Check = "error", *, targets: Targets | None = None
     ) -> None:
         """Give every adapted layer, and every one that `targets` means, room for this rank; see `hotswap.reserve`."""
-        reserve({type(self).__name__: self}, target_rank, targets)
+        reserve({type(self).__name__: self}, target_rank, targets, check_compiled)
 
     def _require_adapters(self) -> None:
         if not adapter_names(self):

@@ -17,10 +17,10 @@ from lora_loaders.errors import AdapterStateError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.fuse_report import FuseReport, fuse_report
 from lora_loaders.gates import changing
-from lora_loaders.hotswap import Targets, reserve
+from lora_loaders.hotswap import Check, Targets, reserve
 from lora_loaders.integrations.denoising import follow_call
 from lora_loaders.integrations.equipping import equip
-from lora_loaders.integrations.scale import encode_scaled
+from lora_loaders.integrations.scale import encode_scaled, scale_argument, scaled
 from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.saving import as_plain
@@ -275,12 +275,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     def enable_lora_hotswap(
         self,
         target_rank: int = 128,
-        check_compiled: str = "error",
+        check_compiled: Check = "error",
         *,
         targets: Targets | Mapping[str, Targets] | None = None,
     ) -> None:
         """Give every adapted layer, and every one that `targets` means, room for this rank; see `hotswap.reserve`."""
-        reserve(self.lora_components, target_rank, targets)
+        reserve(self.lora_components, target_rank, targets, check_compiled)
 
     # Fusing
 
@@ -371,6 +371,16 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
 
 class LoraBlocksMixin:
     """What a block of a modular pipeline gains."""
+
+    @around_own
+    def __call__(self, own: Callable[..., Any], components: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """The block's own call; the scale that it hands to the functions of its module holds for its text encoders."""
+        argument = scale_argument(self)
+        if argument is None:
+            return own(components, state, *args, **kwargs)
+        scale = (state.get(argument) or {}).get("scale")
+        with scaled(text_encoders(components), number(scale)):
+            return own(components, state, *args, **kwargs)
 
     @around_own
     def encode_prompt(self, own: Callable[..., Any], components: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
 from lora_loaders.scaling import METADATA_KEY
 
-from .class_or_instance import class_or_instance
-from .component_loading import by_name
+from .class_or_instance import class_of, showing
 from .model import read_source
 from .saving import LAYERS, METADATA, layers_to_adapter, save, state_dict_like_diffusers
 
@@ -26,39 +26,56 @@ ACCEPTED = ("low_cpu_mem_usage", "return_lora_metadata", "unet_config", "user_ag
 """Arguments of diffusers that need no action here."""
 
 
+# The components whose layers diffusers' method takes, in its order, where those are not all that the class names.
+SAVED: Mapping[str, tuple[str, ...]] = {
+    "FluxLoraLoaderMixin": ("transformer", "text_encoder"),
+    "SD3LoraLoaderMixin": ("transformer", "text_encoder", "text_encoder_2"),
+    "AmusedLoraLoaderMixin": ("text_encoder", "transformer"),
+    "LTX2LoraLoaderMixin": ("transformer",),
+    "WanLoraLoaderMixin": ("transformer",),
+    "QwenImageLoraLoaderMixin": ("transformer",),
+}
+
+
+OTHERS = f"component{LAYERS}"
+"""Stands in the signature for the layers of any other component."""
+
+
+def _of_saving(owner: Any) -> Signature:
+    """The arguments of `save_lora_weights`: what diffusers' class takes by position, and more by name."""
+    known = next((SAVED[base.__name__] for base in class_of(owner).__mro__ if base.__name__ in SAVED), None)
+    known = known or getattr(owner, "_lora_loadable_modules", ())
+    if not known and not isinstance(owner, type):
+        known = tuple(owner.lora_components)
+    usual = {"is_main_process": True, "weight_name": None, "save_function": None, "safe_serialization": True}
+    layers, metadata = (dict.fromkeys(f"{name}{end}" for name in known) for end in (LAYERS, METADATA))
+    named = {"adapter_name": None, "format": "diffusers", "push_to_hub": False, "repo_id": None}
+    # Where nobody knows the components, the second position means nothing.
+    placed = Parameter.POSITIONAL_OR_KEYWORD if known else Parameter.KEYWORD_ONLY
+    return Signature([
+        Parameter("save_directory", Parameter.POSITIONAL_OR_KEYWORD),
+        *(Parameter(name, placed, default=value) for name, value in (layers | usual | metadata).items()),
+        *(Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in named.items()),
+        Parameter(OTHERS, Parameter.VAR_KEYWORD),
+    ])  # fmt: skip
+
+
 class SavingMixin:
     """What writes adapters and reads their tensors."""
 
-    @class_or_instance
-    def save_lora_weights(
-        owner: Any,
-        save_directory: str | os.PathLike[str],
-        *args: Any,
-        adapter_name: str | None = None,
-        format: str = "diffusers",
-        is_main_process: bool = True,
-        weight_name: str | None = None,
-        save_function: Callable[..., Any] | None = None,
-        safe_serialization: bool = True,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **layers: Any,
-    ) -> Path | None:
+    @showing(_of_saving)
+    def save_lora_weights(owner: Any, *args: Any, **options: Any) -> Path | None:
         """Write adapter layers that are handed over, or, on a pipeline without any, what is loaded.
 
         Args:
-            save_directory: the folder.
-            args: what diffusers' class takes by position: `<component>_lora_layers` of each component that it saves,
-                is_main_process, weight_name, save_function, safe_serialization, and the metadata of each.
-            adapter_name: which loaded adapter, when there are several.
-            format: see `write_adapter`.
-            is_main_process: only this process writes.
-            weight_name: file name; the format's usual one if None.
-            save_function: called with tensors and path instead of writing safetensors.
-            safe_serialization: False writes a pickle with torch.save.
-            push_to_hub: whether to upload the folder, with a model card.
-            repo_id: `owner/name` on the Hub; the folder's name if None.
-            layers: `<component>_lora_layers` (state dictionary or module) and `<component>_lora_adapter_metadata`.
+            args: save_directory, and after it what diffusers' class takes by position: `<component>_lora_layers` of
+                each component that it saves (state dictionary or module), is_main_process (only this process writes),
+                weight_name (the format's usual one if None), save_function (called with tensors and path instead of
+                writing safetensors), safe_serialization (False writes a pickle with torch.save), and
+                `<component>_lora_adapter_metadata` of each.
+            options: the same by name, layers and metadata of any other component, and adapter_name (which loaded
+                adapter, when there are several), format (see `write_adapter`), push_to_hub (whether to upload the
+                folder, with a model card) and repo_id (`owner/name` on the Hub; the folder's name if None).
 
         Returns:
             Path of the file, None where another process writes.
@@ -66,30 +83,9 @@ class SavingMixin:
         Raises:
             AdapterStateError: nothing is handed over and no, or no single, adapter is loaded.
             ConversionError: the format cannot say it.
+            TypeError: an argument of another name, one that is given twice, or too many.
         """
-        if args:
-            usual = {"is_main_process": is_main_process, "weight_name": weight_name, "save_function": save_function}
-            defaults = {"is_main_process": True, "safe_serialization": True}
-            usual["safe_serialization"] = safe_serialization
-            said = {name: value for name, value in usual.items() if value != defaults.get(name)}
-            return owner.save_lora_weights(
-                save_directory,
-                adapter_name=adapter_name,
-                format=format,
-                push_to_hub=push_to_hub,
-                repo_id=repo_id,
-                **_named(owner, args, {**said, **layers}),
-            )
-        adapter = layers_to_adapter(layers)
-        if adapter is None:
-            if isinstance(owner, type):
-                components = "`transformer_lora_layers`, `unet_lora_layers`, `text_encoder_lora_layers`"
-                raise ValueError(f"You must pass at least one of {components}, or call this on a pipeline.")
-            adapter = capture(owner.lora_components, adapter_name, owner.lora_family)
-        if not is_main_process:
-            return None
-        write = partial(save, adapter, save_directory, format, weight_name, save_function, safe_serialization)
-        return write(repo_id=(repo_id or Path(save_directory).name) if push_to_hub else None)
+        return _save(owner, **_bound(owner, args, options))
 
     @classmethod
     def lora_state_dict(
@@ -148,38 +144,44 @@ class SavingMixin:
             (save_function or torch.save)(dict(state_dict), temporary)
 
 
-# The components whose layers diffusers' method takes, in its order, where those are not all that the class names.
-SAVED: Mapping[str, tuple[str, ...]] = {
-    "FluxLoraLoaderMixin": ("transformer", "text_encoder"),
-    "SD3LoraLoaderMixin": ("transformer", "text_encoder", "text_encoder_2"),
-    "AmusedLoraLoaderMixin": ("text_encoder", "transformer"),
-    "LTX2LoraLoaderMixin": ("transformer",),
-    "WanLoraLoaderMixin": ("transformer",),
-    "QwenImageLoraLoaderMixin": ("transformer",),
-}
-
-
-def _named(owner: Any, args: Sequence[Any], layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by name, those that came by position included.
+def _bound(owner: Any, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name.
 
     Raises:
-        TypeError: no layers, a class whose components nobody knows, or one that is given twice.
+        TypeError: one of them is missing, too many or given twice.
     """
-    if args[0] is not None and not isinstance(args[0], (Mapping, nn.Module)):
-        raise TypeError(
-            "save_lora_weights takes the first component's layers second, a state dictionary or a module, "
-            f"not a {type(args[0]).__name__}; say adapter_name=… for a loaded adapter"
-        )
-    cls = owner if isinstance(owner, type) else type(owner)
-    known = next((SAVED[base.__name__] for base in cls.__mro__ if base.__name__ in SAVED), None)
-    known = known or getattr(owner, "_lora_loadable_modules", ())
-    if not known and not isinstance(owner, type):
-        known = tuple(owner.lora_components)
-    if not known:
-        raise TypeError(f"{owner.__name__} does not say its components; give <component>{LAYERS}=…")
-    usual = ("is_main_process", "weight_name", "save_function", "safe_serialization")
-    order = (*(f"{name}{LAYERS}" for name in known), *usual, *(f"{name}{METADATA}" for name in known))
-    return by_name("save_lora_weights", order, args, layers, others=True)
+    shown = _of_saving(owner)
+    try:
+        named = shown.bind(*args, **options).arguments
+    except TypeError as error:
+        raise TypeError(f"save_lora_weights: {error}; there are {', '.join(shown.parameters)}") from error
+    return {**named, **named.pop(OTHERS, {})}
+
+
+def _save(
+    owner: Any,
+    save_directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    format: str = "diffusers",
+    is_main_process: bool = True,
+    weight_name: str | None = None,
+    save_function: Callable[..., Any] | None = None,
+    safe_serialization: bool = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **layers: Any,
+) -> Path | None:
+    adapter = layers_to_adapter(layers)
+    if adapter is None:
+        if isinstance(owner, type):
+            components = "`transformer_lora_layers`, `unet_lora_layers`, `text_encoder_lora_layers`"
+            raise ValueError(f"You must pass at least one of {components}, or call this on a pipeline.")
+        adapter = capture(owner.lora_components, adapter_name, owner.lora_family)
+    if not is_main_process:
+        return None
+    write = partial(save, adapter, save_directory, format, weight_name, save_function, safe_serialization)
+    return write(repo_id=(repo_id or Path(save_directory).name) if push_to_hub else None)
 
 
 def hub_options(weight_name: str | None, options: Mapping[str, Any]) -> HubOptions:

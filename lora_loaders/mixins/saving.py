@@ -30,7 +30,7 @@ def layers_to_adapter(options: Mapping[str, Any]) -> Adapter | None:
     """The adapter that `<component>_lora_layers` arguments say; None if there is none.
 
     Raises:
-        TypeError: an argument of another name.
+        TypeError: an argument of another name, or layers that are none.
     """
     unknown = [key for key in options if not key.endswith((LAYERS, METADATA))]
     if unknown:
@@ -41,6 +41,9 @@ def layers_to_adapter(options: Mapping[str, Any]) -> Adapter | None:
         if not key.endswith(LAYERS) or layers is None:
             continue
         component = key.removesuffix(LAYERS)
+        if not isinstance(layers, (Mapping, nn.Module)):
+            what = f"{key} is a state dictionary or a module, not a {type(layers).__name__}"
+            raise TypeError(f"save_lora_weights: {what}; say adapter_name=… for a loaded adapter")
         tensors: Mapping[str, Tensor] = layers.state_dict() if isinstance(layers, nn.Module) else layers
         config = options.get(f"{component}{METADATA}")
         named = {k if k.startswith(f"{component}.") else f"{component}.{k}": v for k, v in tensors.items()}
