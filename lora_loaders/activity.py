@@ -79,13 +79,15 @@ def _weigh(
             what = f"adapter {name!r}, {type(model).__name__}: {error.what}"
             raise AdapterStateError(what, problems=error.problems, mend=error.mend, state=error.state) from error
     changed: list[AdapterLayer] = []
+    # Layers of equal weights share them from here on, so that the next time one of them tells for all.
     merged: dict[int, tuple[Mapping[str, float], Mapping[str, float]]] = {}
+    equal: dict[tuple[tuple[str, float], ...], Mapping[str, float]] = {}
     for path, layer in layers:
         before = layer.weights
-        known = merged.get(id(before))  # layers that share their weights go on sharing them
+        known = merged.get(id(before))
         if known is None:
-            own = {name: weight for name, weight in common.items() if name in before}
-            known = merged[id(before)] = before, {**before, **own}
+            new = {**before, **{name: weight for name, weight in common.items() if name in before}}
+            known = merged[id(before)] = before, equal.setdefault(tuple(new.items()), new)
         weights = known[1]
         if tables:
             weights = {**weights, **{name: table[path] for name, table in tables.items() if path in table}}
