@@ -21,7 +21,7 @@ class DoraDelta(Delta):
     Attributes:
         inner: the delta whose direction is used; it also carries the bias.
         magnitude: `[out]` or `[out, 1, …]` holds row norms (LyCORIS's default, PEFT always), `[1, in, 1, …]` column
-            norms (OneTrainer's default). The norm runs over all other dimensions.
+            norms (OneTrainer's default; PEFT for an embedding). The norm runs over all other dimensions.
     """
 
     kind: ClassVar[str] = "dora"
