@@ -60,7 +60,8 @@ def products(batch: Iterable[tuple[AdapterLayer, Tensor, Terms]]) -> dict[Adapte
     groups: dict[Likeness, list[tuple[AdapterLayer, list[tuple[Factors, float]]]]] = {}
     for layer, weight, terms in batch:
         terms = [(delta, coefficient) for delta, coefficient in terms if delta.shape is not None]
-        stack = [(f, c) for delta, c in terms if not delta.needs_base and (f := delta.factors()) is not None]
+        # In the layer's shapes, since files that flatten a kernel stand beside files that do not.
+        stack = [(f, c) for delta, c in terms if not delta.needs_base and (f := layer.factors(delta)) is not None]
         if stack and len(stack) == len(terms):
             like = _likeness(weight, stack)
             groups.setdefault(like, []).append((layer, stack))

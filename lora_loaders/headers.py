@@ -10,7 +10,7 @@ from .detection import family_named
 from .errors import ConversionError
 from .families import Family
 from .formats import Format
-from .peft_types import written
+from .peft_types import PEFT_WAYS_OUT, written
 from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config
 
 Named = Mapping[str, Mapping[str, LoraDelta]]
@@ -55,7 +55,7 @@ def peft_config(alphas: Named, doras: Collection[str], tuned: Mapping[str, Delta
     """PEFT's configuration for a file of one component.
 
     Args:
-        alphas: the LoRAs.
+        alphas: the LoRAs, of several components where diffusers reads them through PEFT.
         doras: `component.name` of those under DoRA.
         tuned: name as written -> delta of PEFT's other tuners.
 
@@ -65,15 +65,20 @@ def peft_config(alphas: Named, doras: Collection[str], tuned: Mapping[str, Delta
     component, loras = next(iter(alphas.items()), ("", {}))
     if tuned and loras:
         raise ConversionError("PEFT keeps one algebra a file, these are LoRA and others")
+    for part, named in alphas.items():
+        own = _under(doras, part)
+        if own and len(own) < len(named):
+            rest = ", ".join(f"{part}.{name}" for name in named if name not in own)
+            raise ConversionError(
+                f"PEFT puts DoRA on all modules of a model or on none; these have no magnitude: {rest}",
+                mend=PEFT_WAYS_OUT,
+            )
     if tuned:
         return written(tuned)
     if not loras:
         return {}
-    own = _under(doras, component)
-    if own and len(own) < len(loras):
-        rest = ", ".join(name for name in loras if name not in own)
-        raise ConversionError(f"PEFT puts DoRA on all modules or on none; these have no magnitude: {rest}")
-    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(loras, own)}
+    config = lora_config(loras, _under(doras, component))
+    return {"peft_type": "LORA", "task_type": None, "inference_mode": True, **config}
 
 
 def indexed_metadata(adapter: Adapter, families: Sequence[Family]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
-from .layers.kinds import PARAMETER, Kind, kind_of
+from .layers.kinds import EMBEDDING, PARAMETER, Kind, kind_of
 from .layout import ModelLayout, base_of
 from .siblings import on_model
 from .widening import hinders_widening
@@ -200,6 +200,8 @@ def _bind(
         if tensor.is_meta and not unreal:
             return None, f"{slot} holds no data: it is on the meta device"
     for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
+        if kind is EMBEDDING:
+            return None, "the adapter changes a bias too, and an embedding has none"
         if bias.shape != own[:1]:
             return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"
     if (problem := _hinders_norms(delta, own)) is not None:

@@ -292,7 +292,9 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     try:
         inner = _spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
         slots = {**inner.slots(), **_magnitude(delta, form)}
-        if form.name == "peft" and (reason := unreadable(delta)) is not None:
+        # diffusers reads a LoRA through PEFT; the other algebras it refuses aloud, and they are written for others.
+        through_peft = form.name == "peft" or (form.name == "diffusers" and isinstance(inner, LoraDelta))
+        if through_peft and (reason := unreadable(delta)) is not None:
             raise ConversionError(reason, mend=PEFT_WAYS_OUT)
     except ConversionError as error:
         writing.refuse(error, where)
@@ -301,7 +303,8 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     if unknown:
         writing.problems.append(f"{where}: the format has no words for {', '.join(sorted(unknown))}")
         return
-    if isinstance(delta, DoraDelta) and delta.per_input and form.magnitude == "out":
+    is_embedding = isinstance(inner, LoraDelta) and inner.embedding
+    if isinstance(delta, DoraDelta) and delta.per_input and form.magnitude == "out" and not is_embedding:
         writing.problems.append(f"{where}: the format keeps DoRA magnitudes per output, this one is per input")
         return
     if "diff_m" in slots:

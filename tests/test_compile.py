@@ -283,3 +283,38 @@ def test_targets_that_mean_nothing_change_nothing(targets: Any) -> None:
     with pytest.raises(ll.AdapterMismatchError, match="means no module"):
         pipe.enable_lora_hotswap(target_rank=RANK, targets=targets)
     assert not [layer for model in pipe.lora_components.values() for layer in adapter_layers(model)]
+
+
+def kron_file(names: Sequence[str], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole LoKr factors for these kinds of attention module, and the change of each weight."""
+    torch.manual_seed(seed)
+    weights = {path: m.weight for path, m in flux().named_modules() if path.endswith(tuple(names))}
+    tensors: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
+    for path, weight in weights.items():
+        first = torch.randn(4, 4) * 0.3
+        second = torch.randn(weight.shape[0] // 4, weight.shape[1] // 4) * 0.3
+        tensors |= {f"transformer.{path}.lokr_w1": first, f"transformer.{path}.lokr_w2": second}
+        changes[path] = torch.kron(first, second)
+    return tensors, changes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_switching_lokr_run_through_its_factors_recompiles_nothing(way: str) -> None:
+    model = fresh()
+    (a, of_a), (b, of_b) = kron_file(["attn.to_q", "attn.to_k"], 1), kron_file(["attn.to_q", "attn.to_k"], 2)
+    model.load_lora_adapter(a, adapter_name="a")
+    model.load_lora_adapter(b, adapter_name="b")
+    model.set_adapters("a")
+    layers = [layer for _, layer in adapter_layers(model)]
+    assert all(layer.slot_first is not None and layer.slot_dense is None for layer in layers)
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((1.0, of_a)))
+    with no_recompile:
+        model.set_adapters("b")
+        check(compiled, wanted((1.0, of_b)))
+        model.set_adapters("a", -0.5)
+        check(compiled, wanted((-0.5, of_a)))
+        model.set_adapters("b", 0.0)
+        check(compiled, wanted())
+    assert (wanted((1.0, of_a)) - wanted((1.0, of_b))).abs().max() > 1e-3

@@ -212,11 +212,62 @@ def test_what_peft_would_read_wrongly_is_refused_with_the_way_out(case: str) -> 
     assert "--as lora --rank" in str(caught.value)
 
 
-def test_dora_on_some_modules_only_is_refused_by_peft() -> None:
+@pytest.mark.parametrize("case", ["lora and diff_b", "tucker core", "dora and lora_bias"])
+def test_what_diffusers_would_leave_out_of_a_lora_is_refused_with_the_way_out(case: str) -> None:
+    with pytest.raises(ConversionError, match=r"transformer\.layer") as caught:
+        to_tensors(adapter_of(misread(case)), "diffusers")
+    assert "kohya" in str(caught.value)
+
+
+def test_files_that_diffusers_reads_in_part_are_read_whole() -> None:
+    slots = misread("tucker core")
+    names = {"down": "lora_A.weight", "mid": "lora_mid.weight", "up": "lora_B.weight"}
+    tensors = {f"transformer.layer.{names[name]}": tensor for name, tensor in slots.items()}
+    model = nn.ModuleDict({"layer": nn.Conv2d(16, 24, 3)})
+    (binding,) = plan(model, {**tensors, "transformer.layer.diff_b": torch.ones(24)}).bindings
+    wanted = torch.einsum("ab...,oa,bi->oi...", slots["mid"], slots["up"].flatten(1), slots["down"].flatten(1))
+    torch.testing.assert_close(binding.delta.delta_weight(), wanted)
+    assert torch.equal(binding.delta.tensors()["bias"], torch.ones(24))
+
+
+def test_dora_of_an_embedding_has_a_magnitude_for_each_feature(tmp_path: Path) -> None:
+    """PEFT sees the weight of an embedding transposed, so its norms run over the tokens."""
+    model = nn.ModuleDict({"it": nn.Embedding(24, 16)}).double().requires_grad_(False)
+    weight: Any = model["it"].weight
+    magnitude, down, up = randn(16).abs() + 1, randn(2, 24), randn(16, 2)
+    names = {"lora_embedding_A": down, "lora_embedding_B": up, "lora_magnitude_vector": magnitude}
+    (binding,) = plan(model, {f"it.{name}": tensor for name, tensor in names.items()}).bindings
+    direction = weight + (up @ down).T
+    wanted = magnitude * direction / direction.norm(dim=0)
+    torch.testing.assert_close(weight + binding.delta.delta_weight(weight), wanted)
+    ll.write_adapter(Adapter({"transformer": {"it": binding.delta}}), tmp_path, "peft")
+    (again,) = plan(model, tmp_path).bindings
+    assert {n: t.tolist() for n, t in again.delta.slots().items()} == {
+        n: t.tolist() for n, t in binding.delta.slots().items()
+    }
+
+
+def test_a_bias_for_an_embedding_is_refused() -> None:
+    model = nn.ModuleDict({"it": nn.Embedding(24, 16)})
+    refused = plan(model, {"it.diff": randn(24, 16), "it.diff_b": randn(24)})
+    assert not refused.bindings
+    assert "an embedding has none" in str(refused.problems)
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers"])
+def test_dora_on_some_modules_only_is_refused_by_peft_and_diffusers(format: str) -> None:
     lora = {"down": randn(2, 16), "up": randn(24, 2)}
     deltas = {"one": build({**lora, "magnitude": randn(24, 1)}, 2.0), "other": build(lora, 2.0)}
-    with pytest.raises(ConversionError, match="other"):
-        to_tensors(Adapter({"transformer": deltas}), "peft")
+    with pytest.raises(ConversionError, match=r"transformer\.other"):
+        to_tensors(Adapter({"transformer": deltas}), format)
+
+
+def test_diffusers_takes_dora_for_each_component_apart() -> None:
+    lora = {"down": randn(2, 16), "up": randn(24, 2)}
+    plain, dora = build(lora, 2.0), build({**lora, "magnitude": randn(24, 1)}, 2.0)
+    to_tensors(Adapter({"transformer": {"one": plain}, "text_encoder": {"one": dora}}), "diffusers")
+    with pytest.raises(ConversionError, match=r"text_encoder\.other"):
+        to_tensors(Adapter({"transformer": {"one": plain}, "text_encoder": {"one": dora, "other": plain}}), "diffusers")
 
 
 class Conv1d(nn.Module):

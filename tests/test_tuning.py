@@ -95,12 +95,15 @@ def test_a_new_adapter_changes_nothing_yet(model: Any, options: dict[str, Any]) 
             assert torch.equal(run(model), plain)
 
 
-def test_a_new_adapter_for_an_embedding_changes_nothing_yet() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_new_adapter_for_an_embedding_changes_nothing_yet(use_dora: bool) -> None:
     net: Any = ll.attach(nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 3)))
     x = torch.arange(10)
     plain = net(x)
-    net.add_adapter(ll.LoraConfig(r=2, target_modules=["0", "1"]))
-    assert torch.equal(net(x), plain)
+    net.add_adapter(ll.LoraConfig(r=2, target_modules=["0", "1"], use_dora=use_dora))
+    torch.testing.assert_close(net(x), plain, rtol=0, atol=1e-6 if use_dora else 0)
+    if use_dora:
+        assert net[0].lora_magnitude_vector["default"].weight.numel() == 6  # of the features, as PEFT has it
     assert net[0].lora_embedding_A["default"].shape == (2, 10)
     net(x).sum().backward()
     assert net[0].lora_embedding_A["default"].grad.abs().max() > 0

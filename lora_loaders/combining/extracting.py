@@ -1,5 +1,7 @@
 """The difference of two models as an adapter, one weight at a time."""
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -127,6 +129,7 @@ def _difference(
             reason = f"its {'bias' if name == 'bias' else 'weight'} has the shape {tuple(tensor.shape)} here and "
             found.left_out[place] = f"{reason}{tuple(theirs[name].shape)} in the base model"
             return None
+        _return_freed_memory()
         change = computing(read_at(tensor, device)) - computing(read_at(theirs[name], device))
         if not change.any():
             continue
@@ -135,6 +138,13 @@ def _difference(
             continue
         changes[name] = change
     return FullDelta(diff=changes.get("diff"), bias=changes.get("bias")) if changes else None
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what is free: glibc keeps it below what is kept of each module, 4 GiB of SDXL in full."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _check(found: _Extraction, new: Checkpoint, old: Checkpoint) -> None:

@@ -69,7 +69,12 @@ def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
         _check_reshape(delta, slots["reshape_weight"])
     if SPARSE & slots.keys():
         delta = SparseDelta.wrap(delta, slots)
-    return DoraDelta(inner=delta, magnitude=slots["magnitude"]) if "magnitude" in slots else delta
+    if "magnitude" not in slots:
+        return delta
+    magnitude = slots["magnitude"]
+    if isinstance(delta, LoraDelta) and delta.embedding:
+        magnitude = magnitude.reshape(1, -1)  # PEFT sees an embedding's weight transposed: one of each feature
+    return DoraDelta(inner=delta, magnitude=magnitude)
 
 
 def _check_reshape(delta: Delta, shape: Tensor) -> None:

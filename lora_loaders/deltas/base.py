@@ -46,11 +46,13 @@ class Factors:
 class Kron:
     """A weight change as a Kronecker product, for a forward through two small products: w1 over blocks, w2 within.
 
-    Shapes: first `[p, q]`, the scaling in it, second `[m, n, *kernel]`, for a weight `[p·m, q·n, *kernel]`.
+    Shapes: first `[p, q]`, the scaling in it, second `[m, n, *kernel]`. The product `[p·m, q·n, *kernel]` begins
+    `start` rows before the weight, and may end after it: parts of a fused module need not end where blocks do.
     """
 
     first: Tensor
     second: Tensor
+    start: int = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

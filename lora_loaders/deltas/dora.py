@@ -21,7 +21,7 @@ class DoraDelta(Delta):
     Attributes:
         inner: the delta whose direction is used; it also carries the bias.
         magnitude: `[out]` or `[out, 1, …]` holds row norms (LyCORIS's default, PEFT always), `[1, in, 1, …]` column
-            norms (OneTrainer's default). The norm runs over all other dimensions.
+            norms (OneTrainer's default; PEFT for an embedding). The norm runs over all other dimensions.
     """
 
     kind: ClassVar[str] = "dora"
@@ -83,14 +83,19 @@ class DoraDelta(Delta):
         return self.inner.fits(weight_shape)
 
     def _gain(self, base_weight: Tensor | None) -> Tensor:
-        """magnitude / ‖W + Δ‖, `[out]` or `[in]`; the norm is a constant for the gradient, as in the paper."""
+        """magnitude / ‖W + Δ‖, `[out]` or `[in]`; the norm is a constant for the gradient, as in the paper.
+
+        A row (column) of zeros has no direction and stays zero, as LyCORIS has it: modules begin as zero, and a gain of
+        −1 beside them, which bfloat16 hits easily, makes zeros of anything.
+        """
         if base_weight is None:
             raise ConversionError("DoRA's ΔW depends on the weight it is added to: pass base_weight")
         base = computing(base_weight)
         direction = base + self.inner.delta_weight(base_weight).view(base.shape).to(base.device)
         axis = 1 if self.per_input else 0
         norms = direction.detach().transpose(0, axis).flatten(1).norm(dim=1)
-        return computing(self.magnitude).flatten() / norms
+        inverse = norms.reciprocal()
+        return computing(self.magnitude).flatten() * inverse.masked_fill(inverse.isinf(), 0)
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
         """The inner factors with the gain folded into `down` (per input) or `up` (per output), and into their gains."""

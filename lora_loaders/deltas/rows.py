@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import ConversionError
 
-from .base import Delta, Factors, RowMap, Slots, check_sizes, join_biases, same
+from .base import Delta, Factors, Kron, RowMap, Slots, check_sizes, join_biases, same
 
 Span = tuple[int, int]
 WAYS_OUT = "Write a format with fused names (kohya, original), or make a LoRA of it first: --as lora --rank N."
@@ -159,13 +159,25 @@ class RowsDelta(Delta):
         return _assembled({self.spans: base_weight}, base_weight)
 
     def factors(self, base_weight: Tensor | None = None) -> Factors | None:
-        """The inner factors with the chosen rows of `up`, and of gains of the outputs."""
+        """The inner factors with the chosen rows of `up`, and of gains of the outputs.
+
+        Norms over all rows (per-input DoRA) are computed anew each time: the siblings' weights may have changed, and
+        nothing here is told.
+        """
         whole = self.inner.factors(self._whole(base_weight) if self.needs_base else None)
         if whole is None:
             return None
         down = whole.down if base_weight is None else whole.down.reshape(-1, *base_weight.shape[1:])
         gain = None if whole.out_gain is None else _choose(whole.out_gain, self.spans)
         return replace(whole, down=down, up=_choose(whole.up, self.spans), out_gain=gain)
+
+    def kron(self, weight_shape: Sequence[int]) -> Kron | None:
+        """See `Delta.kron`; all blocks that the rows touch."""
+        whole = self.inner.kron((self._rows_in_all, *weight_shape[1:])) if len(self.spans) == 1 else None
+        if whole is None:
+            return None
+        ((start, stop),), unit = self.spans, len(whole.second)
+        return Kron(whole.first[start // unit : -(-stop // unit)], whole.second, start % unit)
 
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""

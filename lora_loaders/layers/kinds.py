@@ -33,8 +33,11 @@ class LowRank(Protocol):
 class Kronecker(Protocol):
     """The layer's map for the weight `Σ kron(firstᵢ, secondᵢ)`, which is never built."""
 
-    def __call__(self, base: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Output of the base layer, had it that weight and no bias; first `[t, p, q]`, second `[t, m, n, *kernel]`."""
+    def __call__(self, base: Any, x: Tensor, first: Tensor, second: Tensor, start: int) -> Tensor:
+        """Output of the base layer, had it that weight from row `start` on and no bias.
+
+        Shapes: first `[t, p, q]`, second `[t, m, n, *kernel]`.
+        """
         ...
 
 
@@ -65,10 +68,11 @@ def _linear_low_rank(base: nn.Linear, x: Tensor, down: Tensor, up: Tensor) -> Te
     return F.linear(F.linear(x, down), up)
 
 
-def _linear_kronecker(base: nn.Linear, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _linear_kronecker(base: nn.Linear, x: Tensor, first: Tensor, second: Tensor, start: int) -> Tensor:
     # kron(w1, w2) x = w1 X w2ᵀ, with x's q·n inputs as the rows and columns of X.
-    narrow = F.linear(x.unflatten(-1, (first.shape[2], -1)), second.flatten(0, 1))
-    return torch.einsum("tpq,...qtm->...pm", first, narrow.unflatten(-1, (len(first), -1))).flatten(-2)
+    narrow = F.linear(x.to(first.dtype).unflatten(-1, (first.shape[2], -1)), second.flatten(0, 1))
+    mixed = torch.einsum("tpq,...qtm->...pm", first, narrow.unflatten(-1, (len(first), -1)))
+    return mixed.flatten(-2).narrow(-1, start, base.out_features)
 
 
 def _conv(base: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -84,15 +88,15 @@ def _conv_low_rank(base: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return pointwise(narrow, up.reshape(*up.shape[:2], *[1] * (down.ndim - 2)), groups=groups)
 
 
-def _conv_kronecker(base: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _conv_kronecker(base: Any, x: Tensor, first: Tensor, second: Tensor, start: int) -> Tensor:
     # Each of the q blocks of n channels goes through w2 as an image of its own; w1 mixes the blocks.
     spatial = second.ndim - 3
-    blocks = x.unflatten(-1 - spatial, (first.shape[2], -1))
+    blocks = x.to(first.dtype).unflatten(-1 - spatial, (first.shape[2], -1))
     narrow = base._conv_forward(blocks.flatten(0, -2 - spatial), second.flatten(0, 1), None)
     narrow = narrow.unflatten(1, (len(first), -1)).unflatten(0, blocks.shape[: -1 - spatial])
-    start = narrow.ndim - spatial - 3
-    mixed = torch.einsum("tpq,...qtms->...pms", first, narrow.flatten(start + 3))
-    return mixed.flatten(start, start + 1).unflatten(-1, narrow.shape[start + 3 :])
+    channel = narrow.ndim - spatial - 3
+    mixed = torch.einsum("tpq,...qtms->...pms", first, narrow.flatten(channel + 3)).flatten(channel, channel + 1)
+    return mixed.narrow(channel, start, base.out_channels).unflatten(-1, narrow.shape[channel + 3 :])
 
 
 def _embedding(base: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
@@ -101,6 +105,12 @@ def _embedding(base: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
 
 def _embedding_low_rank(base: nn.Embedding, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return F.embedding(x, up) @ down
+
+
+def _embedding_kronecker(base: nn.Embedding, x: Tensor, first: Tensor, second: Tensor, start: int) -> Tensor:
+    # Row i of kron(w1, w2) is the outer product of row i // m of w1 and row i % m of w2.
+    row, unit = x + start, second.shape[1]
+    return torch.einsum("t...q,t...n->...qn", first[:, row // unit], second[:, row % unit]).flatten(-2)
 
 
 def _layer_norm(base: nn.LayerNorm, x: Tensor, weight: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ def _no_forward(base: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 LINEAR = Kind("linear", _linear, _linear_low_rank, channel=-1, kronecker=_linear_kronecker)
 CONV = Kind("convolution", _conv, _conv_low_rank, channel=1, kronecker=_conv_kronecker)
-EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank)
+EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank, kronecker=_embedding_kronecker)
 LAYER_NORM = Kind("norm", _layer_norm, channel=-1)
 GROUP_NORM = Kind("norm", _group_norm, channel=1)
 RMS_NORM = Kind("norm", _rms_norm, channel=-1)

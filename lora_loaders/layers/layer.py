@@ -59,6 +59,7 @@ class AdapterLayer(PeftNames, AdapterStore):
     slot_bias: Tensor | None
     slot_first: Tensor | None
     slot_second: Tensor | None
+    slot_start: int = 0  # of the Kronecker product's rows the first that is the layer's
     slot_dense: Tensor | None
     computed: tuple[tuple[str, float], ...]
     """Adapters, with their weights, whose ΔW is computed in each forward, since keeping it takes too much memory."""
@@ -284,7 +285,8 @@ class AdapterLayer(PeftNames, AdapterStore):
         if self.slot_first is not None and self.slot_second is not None:
             first, second = self.slot_first.to(x.device), self.slot_second.to(x.device)
             assert self.kind.kronecker is not None
-            out = out + scale * self.kind.kronecker(self.base_layer, x.to(first.dtype), first, second).to(out.dtype)
+            added = self.kind.kronecker(self.base_layer, x, first, second, self.slot_start)
+            out = out + scale * added.to(out.dtype)
         if self.slot_down is not None:
             out = self._add_low_rank(out, x, scale)
         return out
@@ -365,8 +367,7 @@ class AdapterLayer(PeftNames, AdapterStore):
             added = self._factored(factors, given, out)
         elif (kron := self.kron(delta)) is not None:
             assert self.kind.kronecker is not None
-            first, second = kron.first[None], kron.second[None]
-            added = self.kind.kronecker(self.base_layer, given.to(first.dtype), first, second)
+            added = self.kind.kronecker(self.base_layer, given, kron.first[None], kron.second[None], kron.start)
         else:
             added = self._through(self.dense(delta), given)
         return added if bias is None else added + self._shaped(bias.to(added.dtype), added)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 from typing_extensions import Self
 
-from lora_loaders.deltas import Delta, LoraDelta
+from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
 
 # Delta field -> where its parameter stands in the layer: container, and leaf inside the adapter's entry ("": the entry
 # is the parameter itself).
@@ -85,11 +85,10 @@ def blank(module: _Module) -> _Module:
 
 def place_of(delta: Delta, slot: str) -> tuple[str, str]:
     """Container and leaf of a delta's field."""
-    if isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS:
-        return EMBEDDING_PARAMETERS[slot]
-    return PARAMETERS.get(slot, (slot, ""))
+    return EMBEDDING_PARAMETERS[slot] if is_transposed(delta, slot) else PARAMETERS.get(slot, (slot, ""))
 
 
 def is_transposed(delta: Delta, slot: str) -> bool:
     """Whether the field is stored transposed, as an embedding's factors are."""
-    return isinstance(delta, LoraDelta) and delta.embedding and slot in EMBEDDING_PARAMETERS
+    plain = delta.inner if isinstance(delta, DoraDelta) else delta
+    return isinstance(plain, LoraDelta) and plain.embedding and slot in EMBEDDING_PARAMETERS

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_loaders.deltas import Delta, Factors
+from lora_loaders.deltas import Delta, Factors, Kron
 from lora_loaders.deltas.base import computing
 
 from .banks import Bank, Likeness, Stack, seat_of
@@ -177,20 +177,28 @@ def bank_of(layer: AdapterLayer) -> Bank:
 def _write_krons(layer: AdapterLayer, terms: Sequence[Term]) -> list[Term]:
     """Write the Kronecker products of one shape; what is left has to be said in full.
 
+    So has LoKr in a grouped convolution, whose outputs meet only some blocks of inputs, and under DoRA, whose norms
+    would be gains of this product alone.
+
     Shapes: slot_first `[adapters, p, q]` with the weights folded in, slot_second `[adapters, m, n, *kernel]`.
     """
     found = [(layer.kron(delta), weight, term) for term in terms for _, weight, delta, _ in (term,)]
     krons = [(kron, weight) for kron, weight, _ in found if kron is not None]
-    kept = [(kron, weight) for kron, weight in krons if kron.first.shape == krons[0][0].first.shape]
+    kept = [(kron, weight) for kron, weight in krons if _kron_form(kron) == _kron_form(krons[0][0])]
     rest = [term for kron, _, term in found if all(kron is not other for other, _ in kept)]
     if not kept:
         _put(layer, "slot_first", None)
         _put(layer, "slot_second", None)
         return rest
-    dtype = adapter_dtype(layer.base_layer)
+    dtype, vars(layer)["slot_start"] = adapter_dtype(layer.base_layer), kept[0][0].start
     _put(layer, "slot_first", torch.stack([kron.first * weight for kron, weight in kept]).to(dtype))
     _put(layer, "slot_second", torch.stack([kron.second for kron, _ in kept]).to(dtype))
     return rest
+
+
+def _kron_form(kron: Kron) -> tuple[Any, ...]:
+    """What products have in common that can be added up in one."""
+    return kron.first.shape, kron.second.shape, kron.start
 
 
 def _write_rest(

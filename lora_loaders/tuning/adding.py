@@ -134,7 +134,9 @@ def fresh_delta(module: nn.Module, path: str, config: LoraConfig) -> Delta:
         up_bias=_fresh_bias(shape[0], rank, config, device) if config.lora_bias and not embedding else None,
     )
     if config.use_dora:
-        norms = (read_weight(module).float() + delta.delta_weight()).flatten(1).norm(dim=1)
+        whole = read_weight(module).float() + delta.delta_weight()
+        # PEFT has a magnitude for each output, and for each feature of an embedding.
+        norms = whole.norm(dim=0, keepdim=True) if embedding else whole.flatten(1).norm(dim=1)
         delta = DoraDelta(inner=delta, magnitude=norms)
     return delta
 

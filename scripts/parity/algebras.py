@@ -3,9 +3,9 @@
     python scripts/parity/algebras.py [--output table.md]
 
 Needs peft and lycoris-lora (scripts/setup_peers, then PYTHONPATH=.venv/peers). Files that they write are read; files
-that are written here they read back. A cell is the largest error relative to the largest value, in float32 and in
-float64. A peer that cannot do a thing is quoted; one that computes something else than its own merged weight says is
-marked, and the formula judges.
+that are written here they read back; what neither writes is put together by hand. A cell is the largest error relative
+to the largest value, in float32 and in float64. A peer that cannot do a thing is quoted; one that computes something
+else than its own merged weight says is marked, and the formula judges.
 """
 
 import argparse
@@ -22,57 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formulas import (
-    Formula,
-    butterfly,
-    decomposed,
-    full,
-    gains,
-    glora,
-    hadamard,
-    ia3,
-    input_butterfly,
-    input_rotation,
-    kronecker,
-    low_rank,
-    rank_stabilised,
-    rotation,
-)
+import torch.nn.functional as F
+from formulas import bias_change, kronecker, kronecker_of_peft
+from rows import ALGEBRAS, LAYERS, OUT, STAND_INS, Algebra, Layer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_loaders as ll
 from lora_loaders import fusing
 from lora_loaders.attaching import apply
+from lora_loaders.conversion import parse
 from lora_loaders.deltas import Delta
 from lora_loaders.errors import MalformedAdapterError
-from lora_loaders.planning import plan
+from lora_loaders.files import read
+from lora_loaders.layout import ModelLayout
+from lora_loaders.plans import AttachPlan, plan_adapter
 from lora_loaders.saving import capture
 
-IN, OUT = 16, 32
 DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 PEER_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
 """A peer rounds too, and in more places."""
 STEPS = ("ΔW", "forward", "fuse", "reload")
-
-
-def conv(**options: Any) -> nn.Module:
-    return nn.Conv2d(IN, OUT, 3, **{"padding": 1, **options})
-
-
-LAYERS: Mapping[str, Callable[[], nn.Module]] = {
-    "Linear": lambda: nn.Linear(IN, OUT),
-    "Conv2d": conv,
-    "Conv2d stride 2": lambda: conv(stride=2),
-    "Conv2d dilation 2": lambda: conv(dilation=2, padding=2),
-    "Conv2d groups 2": lambda: conv(groups=2),
-    "Conv2d circular": lambda: conv(padding_mode="circular"),
-    "Conv2d reflect": lambda: conv(padding_mode="reflect"),
-}
-NORMS: Mapping[str, Callable[[], nn.Module]] = {
-    "LayerNorm": lambda: nn.LayerNorm(IN),
-    "GroupNorm": lambda: nn.GroupNorm(4, IN),
-}
 
 
 class Net(nn.Module):
@@ -84,76 +55,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.it(x)
-
-
-@dataclass(frozen=True)
-class Algebra:
-    """One row: how a peer is told to make it, and its formula.
-
-    `lycoris` and `peft` are the arguments of their trainers, or the reason why there is none.
-    """
-
-    name: str
-    formula: Formula
-    lycoris: Mapping[str, Any] | str = "LyCORIS has none"
-    peft: tuple[str, Mapping[str, Any]] | str = "PEFT has none"
-    convolutions: bool = True
-    linear: bool = True
-    norms: bool = False
-
-
-NO_PEFT_TUCKER = "PEFT has no Tucker core for it"
-ALGEBRAS: tuple[Algebra, ...] = (
-    Algebra("LoRA", low_rank, {"algo": "lora"}, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
-    Algebra("LoCon, Tucker", low_rank, {"algo": "lora", "use_tucker": True}, NO_PEFT_TUCKER, linear=False),
-    Algebra("rsLoRA", rank_stabilised, "LyCORIS folds it into alpha: the row LoRA", (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_rslora": True})),
-    Algebra("LoRA with bias", low_rank, "LyCORIS has none", (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "lora_bias": True})),
-    Algebra("DoRA per output", decomposed(low_rank), {"algo": "lora", "dora_wd": True}, (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_dora": True})),
-    Algebra("DoRA per input", decomposed(low_rank), {"algo": "lora", "dora_wd": True, "wd_on_output": False},
-            "PEFT's magnitudes are per output"),
-    Algebra("LoHa", hadamard, {"algo": "loha"}, ("LoHaConfig", {"r": 4, "alpha": 2})),
-    Algebra("LoHa, Tucker", hadamard, {"algo": "loha", "use_tucker": True}, (
-        "LoHaConfig", {"r": 4, "alpha": 2, "use_effective_conv2d": True}), linear=False),
-    Algebra("DoRA over LoHa", decomposed(hadamard), {"algo": "loha", "dora_wd": True}, "PEFT's DoRA wraps LoRA only"),
-    Algebra("LoKr", kronecker, {"algo": "lokr", "factor": 4, "linear_dim": 1, "linear_alpha": 0.5}, (
-        "LoKrConfig", {"r": 1, "alpha": 0.5, "decompose_factor": 4})),
-    Algebra("LoKr, both factored", kronecker,
-            {"algo": "lokr", "factor": 4, "linear_dim": 1, "linear_alpha": 0.5, "decompose_both": True}, (
-        "LoKrConfig", {"r": 1, "alpha": 0.5, "decompose_factor": 4, "decompose_both": True})),
-    Algebra("LoKr, both whole", kronecker, {"algo": "lokr", "factor": 4, "full_matrix": True}, (
-        "LoKrConfig", {"r": 8, "alpha": 8, "decompose_factor": 4})),
-    Algebra("LoKr, Tucker", kronecker,
-            {"algo": "lokr", "factor": 4, "linear_dim": 1, "linear_alpha": 0.5, "use_tucker": True}, (
-        "LoKrConfig", {"r": 1, "alpha": 0.5, "decompose_factor": 4, "use_effective_conv2d": True}), linear=False),
-    Algebra("DoRA over LoKr", decomposed(kronecker), {"algo": "lokr", "factor": 4, "dora_wd": True},
-            "PEFT's DoRA wraps LoRA only"),
-    Algebra("OFT", rotation, {"algo": "diag-oft"}, "PEFT turns inputs: the next rows"),
-    Algebra("OFT, constraint, rescale", rotation, {"algo": "diag-oft", "constraint": 1e-3, "rescaled": True},
-            "PEFT turns inputs: the next rows"),
-    Algebra("BOFT", butterfly, {"algo": "boft", "rescaled": True}, "PEFT turns inputs: the next rows"),
-    Algebra("OFT of inputs", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4})),
-    Algebra("OFT of inputs, exact", input_rotation(exact=True), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False})),
-    Algebra("OFT of inputs, shared", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True})),
-    Algebra("OFT of inputs, constraint", input_rotation(exact=False, eps=1e-2), "LyCORIS turns outputs: the rows above",
-            ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2})),
-    Algebra("BOFT of inputs", input_butterfly, "LyCORIS turns outputs: the rows above", (
-        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1})),
-    Algebra("GLoRA", glora, {"algo": "glora"}, "PEFT's GLoRA is another algebra (no a, b pairs)"),
-    Algebra("IA3", ia3, {"algo": "ia3"}, "PEFT's gains take the bias along: the next rows"),
-    Algebra("IA3 of outputs with bias", gains(on_input=False), "LyCORIS leaves the bias: the row above", (
-        "IA3Config", {"feedforward_modules": []})),
-    Algebra("IA3 of inputs", gains(on_input=True), "LyCORIS adds to 1 what PEFT multiplies: the row above", (
-        "IA3Config", {"feedforward_modules": ["it"]})),
-    Algebra("full difference", full, {"algo": "full"}, "PEFT has none (`modules_to_save` replaces modules)"),
-    Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, "PEFT has none", convolutions=False,
-            linear=False, norms=True),
-)  # fmt: skip
 
 
 @dataclass
@@ -213,19 +114,34 @@ def randomised(parameters: Any, seed: int) -> None:
             parameter.copy_(noise + (1.0 if parameter.ndim and bool((parameter == 1).all()) else 0.0))
 
 
-def inputs(name: str, dtype: torch.dtype) -> Tensor:
+def inputs(layer: Layer, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    shape = (2, 3, IN) if name in ("Linear", "LayerNorm") else (2, IN, 6, 6)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layer.kind == "embedding":
+        return torch.randint(0, OUT, layer.inputs, generator=generator)
+    return torch.randn(*layer.inputs, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def dtype_of(net: Net) -> torch.dtype:
+    return next(net.parameters()).dtype
+
+
+def planned(net: Net, file: Path) -> AttachPlan:
+    """The plan of a file for this layer, which may be widened."""
+    layout = ModelLayout({"transformer": net})
+    return plan_adapter(
+        layout.components, parse(read(file), None, layout), layout=layout, widens=("it",), may_widen=True
+    )
 
 
 def lycoris_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
     lycoris: Any = import_module("lycoris.wrapper")
     assert not isinstance(algebra.lycoris, str)
-    dtype, model = x.dtype, copy.deepcopy(net)
+    dtype, model = dtype_of(net), copy.deepcopy(net)
     layer: Any = model.it
     options: dict[str, Any] = {"linear_dim": 4, "linear_alpha": 2, **algebra.lycoris}
     network = lycoris.create_lycoris(model, 1.0, **options)
+    if not network.loras:
+        raise TypeError(f"it has no module for {type(layer).__name__}")
     network.apply_to()  # its state dictionary is empty before
     randomised((p for n, p in network.named_parameters() if "dora_scale" not in n), 3)
     network.to(dtype).eval()
@@ -260,14 +176,14 @@ def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
         copy.deepcopy(net), getattr(peft, config)(target_modules=["it"], **options), autocast_adapter_dtype=False
     )
     randomised((p for n, p in wrapped.named_parameters() if "base_layer" not in n and "magnitude" not in n), 3)
-    wrapped.to(x.dtype).eval()
+    wrapped.to(dtype_of(net)).eval()
     stretch(wrapped, "magnitude")
     out = said(lambda: wrapped(x))
     wrapped.save_pretrained(folder / "peft")
 
     def merged(path: Path) -> Tensor:
         again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(path), autocast_adapter_dtype=False)
-        return again.to(x.dtype).merge_and_unload().it.weight.detach()
+        return again.to(dtype_of(net)).merge_and_unload().it.weight.detach()
 
     return Peer("PEFT", folder / "peft", out, said(lambda: merged(folder / "peft")), merged, "peft")
 
@@ -280,7 +196,20 @@ def stretch(model: nn.Module, name: str) -> None:
             parameter *= 1.3
 
 
+def by_hand(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
+    """A file of which no peer says anything."""
+    assert not isinstance(algebra.by_hand, str)
+    (name, weight), *_ = net.it.named_parameters()
+    module = "lycoris_it" if name == "weight" or algebra.name == "difference of a modulation" else f"lycoris_it_{name}"
+    given = algebra.by_hand(weight.detach()).items()
+    tensors = {s: t if isinstance(t, Tensor) else torch.randn(t, dtype=torch.float64) * 0.3 for s, t in given}
+    file = folder / "by hand.safetensors"
+    save_file({module + s: t.to(weight.dtype) if t.is_floating_point() else t for s, t in tensors.items()}, file)
+    return Peer("by hand", file, "", "", lambda path: weight, "lycoris")
+
+
 PEERS = {"LyCORIS": lycoris_says, "PEFT": peft_says}
+SOURCES = {**PEERS, "by hand": by_hand}
 
 
 def spoken(delta: Delta) -> tuple[dict[str, Tensor], float | None]:
@@ -289,19 +218,19 @@ def spoken(delta: Delta) -> tuple[dict[str, Tensor], float | None]:
     return slots, delta.alpha_value
 
 
-def measure(algebra: Algebra, layer: str, make: Callable[[], nn.Module], name: str) -> tuple[Cells, Cells]:
-    """Ours against this peer, and ours against the formula on the peer's file."""
+def measure(algebra: Algebra, layer: str, name: str) -> tuple[Cells, Cells]:
+    """Ours against this source of a file, where it says what the file means, and ours against the formula."""
     theirs, formula = Cells(), Cells()
-    options = algebra.lycoris if name == "LyCORIS" else algebra.peft
+    options = getattr(algebra, name.lower().replace(" ", "_"))
     if isinstance(options, str):
         theirs.reasons = dict.fromkeys(STEPS, options)
         return theirs, formula
     for dtype in DTYPES:
         torch.manual_seed(1)
-        net = Net(make).to(dtype).eval()
-        if layer in NORMS:
+        net = Net(LAYERS[layer].make).to(dtype).eval()
+        if LAYERS[layer].kind == "norm":
             randomised(net.parameters(), 4)
-        x = inputs(layer, dtype)
+        x = inputs(LAYERS[layer], dtype)
         with tempfile.TemporaryDirectory() as folder:
             peer = asked(algebra, net, x, Path(folder), name)
             if isinstance(peer, str):
@@ -320,7 +249,8 @@ def measure(algebra: Algebra, layer: str, make: Callable[[], nn.Module], name: s
 def is_possible(net: Net, file: Path) -> bool:
     """Whether the tensors of this file make a change of this layer's weight."""
     try:
-        return not plan(net, file).problems
+        done = planned(net, file)
+        return bool(done.bindings) and not done.problems
     except MalformedAdapterError:
         return False
 
@@ -329,7 +259,7 @@ def asked(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> Pee
     found: list[Peer] = []
 
     def ask() -> Tensor:
-        found.append(PEERS[name](algebra, net, x, folder))
+        found.append(SOURCES[name](algebra, net, x, folder))
         return x
 
     answer = said(ask)
@@ -337,9 +267,12 @@ def asked(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> Pee
 
 
 def stand_in(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> Peer | None:
-    """A file that the peer makes for the plain convolution, where it fits this layer; nothing else of the peer's."""
+    """A file that the peer makes for a plain layer, where it fits this one; nothing else of the peer's."""
     torch.manual_seed(1)
-    plain = Net(LAYERS["Conv2d"]).to(x.dtype).eval()
+    make = STAND_INS.get(next(net.parameters()).ndim)
+    if make is None:
+        return None
+    plain = Net(make).to(dtype_of(net)).eval()
     peer = asked(algebra, plain, x, folder / "plain", name)
     if isinstance(peer, str) or not is_possible(net, peer.file):
         return None
@@ -347,26 +280,25 @@ def stand_in(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> 
 
 
 def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, formula: Cells, folder: Path) -> None:
-    dtype, base = x.dtype, copy.deepcopy(net.it)
-    weight: Any = base.weight
-    weight = weight.detach()
-    model = copy.deepcopy(net)
-    done = plan(model, peer.file)
-    if not done.bindings or done.ignored:
-        raise SystemExit(f"{algebra.name}, {base}: {done.problems}, {done.ignored}")
+    dtype, model = dtype_of(net), copy.deepcopy(net)
+    done = planned(model, peer.file)
+    if not done.bindings or done.ignored or done.problems:
+        raise SystemExit(f"{algebra.name}, {net.it}: {done.problems}, {done.ignored}")
+    (parameter, weight), *_ = net.it.named_parameters()
     delta = done.bindings[0].delta
+    if parameter == "weight" and delta.shape and weight.ndim == 2:
+        weight = F.pad(weight, (0, max(0, delta.shape[1] - weight.shape[1])))  # inputs that are heeded from now on
+    weight = weight.detach()
     slots, alpha = spoken(delta)
     if algebra.name == "LoKr, both whole" and peer.format == "peft":
         alpha = None  # 8 / 8
-    wanted = algebra.formula(slots, weight.double(), alpha)
-    bias: Any = getattr(base, "bias", None)
-    change = delta.delta_bias(bias)
-    twin: Any = copy.deepcopy(base).double()
-    with torch.no_grad():
-        twin.weight += wanted
-        if change is not None:
-            twin.bias += change.double()
-        truth = twin(x.double())
+    change_of = kronecker_of_peft if (algebra.formula, peer.format) == (kronecker, "peft") else algebra.formula
+    wanted = change_of(slots, weight.double(), alpha)
+    twin: Any = copy.deepcopy(net.it).double()
+    values = {parameter: weight.double() + wanted}
+    if getattr(twin, "bias", None) is not None:
+        values["bias"] = twin.bias + bias_change(slots, twin.bias, alpha)
+    truth = torch.func.functional_call(twin, values, (x.double() if x.is_floating_point() else x,)).detach()
     ours = delta.delta_weight(weight).view(weight.shape)
     formula.put("ΔW", dtype, ours, wanted)
     apply(done, "x")
@@ -374,13 +306,13 @@ def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, fo
     with torch.no_grad():
         out = model(x)
     formula.put("forward", dtype, out, truth)
-    fused = fused_and_back(model, net)
+    fused = fused_and_back(model, parameter)
     formula.put("fuse", dtype, fused, weight.double() + wanted)
     path = folder / "ours" if peer.format == "peft" else folder / "ours.safetensors"
     written = ll.write_adapter(adapter, path, peer.format)
     source = written.parent if peer.format == "peft" else written
-    again = plan(copy.deepcopy(net), source).bindings[0].delta
-    formula.put("reload", dtype, again.delta_weight(weight).view(weight.shape), wanted)
+    again = planned(copy.deepcopy(net), source).bindings[0].delta.delta_weight(weight).view(weight.shape)
+    formula.put("reload", dtype, again, wanted)
     if peer.forward == "":
         return
     whole = weight.double() + wanted
@@ -388,34 +320,46 @@ def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, fo
     # A peer's ΔW is what merging changed, so its error is one of the merged weight.
     beside(theirs, peer, "ΔW", dtype, weight.double() + ours.double(), peer.merged, whole)
     beside(theirs, peer, "fuse", dtype, fused, peer.merged, whole)
-    # The peer reads our file as it reads its own.
-    back = said(lambda: peer.reload(source))
-    beside(theirs, peer, "reload", dtype, peer.merged if isinstance(peer.merged, Tensor) else fused, back, whole)
+    # The peer reads our file as it reads its own; what our file says is judged by the formula.
+    back, own = said(lambda: peer.reload(source)), peer.merged if isinstance(peer.merged, Tensor) else fused
+    beside(theirs, peer, "reload", dtype, own, back, whole, weight.double() + again.double())
 
 
-def fused_and_back(model: Any, net: Net) -> Tensor:
+def fused_and_back(model: nn.Module, parameter: str) -> Tensor:
     """The fused weight; unfusing must leave every bit as it was."""
-    before = {n.removeprefix("it."): p for n, p in net.named_parameters()}
+
+    def photographed() -> dict[str, Tensor]:
+        own = {name.replace("base_layer.", ""): tensor for name, tensor in model.named_parameters()}
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+
+    before = photographed()
     fusing.fuse(model)
-    layer: Any = model.it.base_layer
-    fused = layer.weight.detach().clone()
+    fused = photographed()[f"it.{parameter}"]
     fusing.unfuse(model)
-    for name, parameter in before.items():
-        left = layer.get_parameter(name)
-        assert torch.equal(left.view(torch.uint8), parameter.view(torch.uint8)), f"unfusing left {name} changed"
+    after = photographed()
+    for name, tensor in before.items():
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), f"unfusing left {name} changed"
     return fused
 
 
 def beside(
-    cells: Cells, peer: Peer, step: str, dtype: torch.dtype, ours: Tensor, theirs: Tensor | str, truth: Tensor
+    cells: Cells,
+    peer: Peer,
+    step: str,
+    dtype: torch.dtype,
+    ours: Tensor,
+    theirs: Tensor | str,
+    truth: Tensor,
+    judged: Tensor | None = None,
 ) -> None:
     """Put ours against the peer's into a cell; what the peer does wrong by itself is named."""
     kind = str(dtype).removeprefix("torch.")
+    are_right = relative(ours if judged is None else judged, truth) <= PEER_ROUNDING[dtype]
     if isinstance(theirs, str):
         cells.notes[step] = f"{peer.name} {theirs} in {kind}"
     elif theirs.shape != truth.shape:
         cells.notes[step] = f"{peer.name}'s has the shape {list(theirs.shape)}, the layer's is {list(truth.shape)}"
-    elif cells.put(step, dtype, ours, theirs) > PEER_ROUNDING[dtype] >= relative(ours, truth):
+    elif cells.put(step, dtype, ours, theirs) > PEER_ROUNDING[dtype] and are_right:
         # Only the peer's own error is an explanation; where ours is off the formula too, the cell says so.
         cells.notes[step] = f"{peer.name} is {relative(theirs, truth):.0e} off the formula in {kind}"
 
@@ -432,13 +376,8 @@ def captured(model: nn.Module) -> Any:
 def rows() -> list[list[str]]:
     table: list[list[str]] = []
     for algebra in ALGEBRAS:
-        layers = {
-            **({"Linear": LAYERS["Linear"]} if algebra.linear else {}),
-            **({n: m for n, m in LAYERS.items() if n != "Linear"} if algebra.convolutions else {}),
-            **(NORMS if algebra.norms else {}),
-        }
-        for layer, make in layers.items():
-            measured = {name: measure(algebra, layer, make, name) for name in PEERS}
+        for layer in [name for name, layer in LAYERS.items() if layer.kind in algebra.on]:
+            measured = {name: measure(algebra, layer, name) for name in SOURCES}
             merged = Cells()
             for _, own in measured.values():
                 merged.reasons |= own.reasons
@@ -458,7 +397,8 @@ TITLE = """# Every algebra beside lycoris-lora, PEFT and its closed formula
 
 {}, CPU; `python scripts/parity/algebras.py --output <this file>`
 
-A cell is the largest error relative to the largest value, float32 / float64. Files that the peer wrote are the inputs;
+A cell is the largest error relative to the largest value, float32 / float64. Files that the peer wrote are the inputs,
+and where no trainer writes a thing, files made by hand; where a peer does not know a layer, those for a plain one;
 "reload" is the peer's merge of the file that is written here against its merge of its own. A peer's ΔW is taken from
 its merged weight. In brackets stands what the peer itself gets wrong against the formula, or its own words where it
 refuses; the formula judges. Named causes: both peers' forwards of LoRA, LoHa, LoKr, OFT, GLoRA and full differences pad

@@ -18,15 +18,20 @@ def scale(alpha: float | None, rank: int) -> float:
     return alpha / rank if alpha else 1.0
 
 
+def pair(s: Slots) -> tuple[Tensor, Tensor]:
+    """up and down; PEFT keeps those of an embedding the other way round and transposed."""
+    return (s["up"], s["down"]) if "up" in s else (s["embedding_down"].t(), s["embedding_up"].t())
+
+
 def low_rank(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
-    up, down = s["up"].flatten(1), s["down"]
+    up, down = pair(s)
     if "mid" in s:
-        return scale(alpha, len(down)) * torch.einsum("ab...,oa,bi->oi...", s["mid"], up, down.flatten(1))
-    return scale(alpha, len(down)) * (up @ down.flatten(1)).view(w.shape)
+        return scale(alpha, len(down)) * torch.einsum("ab...,oa,bi->oi...", s["mid"], up.flatten(1), down.flatten(1))
+    return scale(alpha, len(down)) * (up.flatten(1) @ down.flatten(1)).view(w.shape)
 
 
 def rank_stabilised(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
-    return low_rank(s, w, alpha) * math.sqrt(len(s["down"]))
+    return low_rank(s, w, alpha) * math.sqrt(len(pair(s)[1]))
 
 
 def hadamard(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
@@ -53,6 +58,14 @@ def kronecker(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     return (1.0 if rank is None else scale(alpha, rank)) * change.view(w.shape)
 
 
+def kronecker_of_peft(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    """PEFT's product of a Conv1d's whole factors pairs the axes of w1 with the last two of w2."""
+    if w.ndim != 3 or "lokr_w2" not in s:
+        return kronecker(s, w, alpha)
+    first = s["lokr_w1"] if "lokr_w1" in s else scale(alpha, len(s["lokr_w1_b"])) * s["lokr_w1_a"] @ s["lokr_w1_b"]
+    return torch.kron(first[None], s["lokr_w2"].contiguous()).reshape(w.shape)
+
+
 def decomposed(inner: Formula) -> Formula:
     def formula(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
         direction = w + inner(s, w, alpha)
@@ -75,6 +88,11 @@ def rotation(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     q = q * min(1.0, alpha * len(w) / (float(q.norm()) + 1e-8)) if alpha else q  # LyCORIS's epsilon
     turned = torch.einsum("no,n...->o...", torch.block_diag(*cayley(q)), w)
     return s.get("rescale", torch.ones(1, dtype=w.dtype)).view(-1, *[1] * (w.ndim - 1)) * turned - w
+
+
+def turned(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    """The rotation itself, as LyCORIS wrote it once."""
+    return torch.einsum("no,n...->o...", torch.block_diag(*s["oft_diag"]), w) - w
 
 
 def butterfly(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
@@ -164,4 +182,32 @@ def gains(on_input: bool) -> Formula:
 
 
 def full(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
-    return s["w_norm" if "w_norm" in s else "diff"].view(w.shape)
+    return next(s[name] for name in ("diff", "w_norm", "diff_m") if name in s).view(w.shape)
+
+
+def replaced(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    return s["set_weight"].view(w.shape) - w
+
+
+def nothing(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    return torch.zeros_like(w)
+
+
+def with_remainder(inner: Formula) -> Formula:
+    def formula(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+        rows, columns = s["bias_indices"].long()
+        remainder = torch.zeros_like(w.flatten(1))
+        remainder[rows, columns] = s["bias_values"]
+        return inner(s, w, alpha) + remainder.view(w.shape)
+
+    return formula
+
+
+def bias_change(s: Slots, b: Tensor, alpha: float | None) -> Tensor:
+    """What is added to a bias: a difference as it is, a bias of the up factor scaled, and the share of PEFT's gains."""
+    change = s.get("bias", s.get("b_norm", torch.zeros_like(b)))
+    if "up_bias" in s:
+        change = change + scale(alpha, len(s["down"])) * s["up_bias"]
+    if "ia3_l" in s and s["ia3_l"].numel() == len(b):
+        change = change + (s["ia3_l"].flatten() - 1) * b
+    return change

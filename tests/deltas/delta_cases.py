@@ -93,8 +93,8 @@ def cayley(q: Tensor) -> Tensor:
 
 def oft(s: Slots, base: Tensor, limit: float | None = None) -> Tensor:
     q = s["oft_blocks"] - s["oft_blocks"].transpose(-1, -2)
-    if limit is not None and q.norm() > limit:
-        q = q * limit / q.norm()
+    if limit is not None:
+        q = q * min(1.0, limit / (float(q.norm()) + 1e-8))  # LyCORIS's epsilon
     rotation = torch.block_diag(*cayley(q))
     turned = torch.einsum("no,n...->o...", rotation, base)
     return s.get("rescale", torch.ones(1, dtype=base.dtype)) * turned - base

@@ -22,7 +22,14 @@ BASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv2d without a batch": (lambda: nn.Conv2d(12, 30, 3), (12, 8, 8)),
     "conv3d": (lambda: nn.Conv3d(12, 30, (1, 3, 3)), (2, 12, 2, 5, 5)),
 }
-KERNELS = {"linear": (), "conv1d": (3,), "conv2d": (3, 3), "conv2d without a batch": (3, 3), "conv3d": (1, 3, 3)}
+KERNELS = {
+    "embedding": (),
+    "linear": (),
+    "conv1d": (3,),
+    "conv2d": (3, 3),
+    "conv2d without a batch": (3, 3),
+    "conv3d": (1, 3, 3),
+}
 
 
 def randn(*shape: int) -> Tensor:
@@ -80,6 +87,54 @@ def test_whole_factors_run_without_their_product(name: str, monkeypatch: pytest.
         torch.testing.assert_close(layer(x), wanted[0])
         run(layer, {})
         assert layer.slot_first is None
+
+
+def test_an_embedding_reads_its_rows_from_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    base, x, deltas = nn.Embedding(30, 12).double(), torch.randint(0, 30, (2, 7)), [lokr(()), lokr(())]
+    wanted = with_changes(base, x, [(deltas[0], 0.7), (deltas[1], -2.0)])
+    layer = attached(base, deltas)
+    monkeypatch.setattr(LokrDelta, "delta_weight", None)
+    with torch.no_grad():
+        run(layer, {"a0": 0.7, "a1": -2.0})
+        torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", [*BASES, "embedding"])
+def test_rows_that_are_cut_inside_blocks_run_through_the_blocks_that_they_touch(
+    name: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows 7 to 37 of 50 in blocks of 10, as a part of a fused projection is."""
+    torch.manual_seed(0)
+    kernel = KERNELS[name]
+    if name == "embedding":
+        base, x = nn.Embedding(30, 12).double(), torch.randint(0, 30, (2, 7))
+    else:
+        make, shape = BASES[name]
+        base, x = make().double(), randn(*shape)
+    inners = [{"lokr_w1": randn(5, 4), "lokr_w2": randn(10, 3, *kernel)} for _ in range(2)]
+    parts = [build(slots, None).split([7, 30, 13])[1] for slots in inners]
+    others = [lokr(kernel), build(inners[0], None).split([20, 30])[1]]
+    weight: Any = base.weight.detach()
+    total = weight.clone()
+    for factors, factor in zip(inners, (0.7, -2.0), strict=True):
+        second = factors["lokr_w2"].reshape(10, 3, -1)
+        whole = torch.stack(
+            [torch.kron(factors["lokr_w1"], second[:, :, k].contiguous()) for k in range(second[0, 0].numel())], 2
+        )
+        total += factor * whole.reshape(50, *weight.shape[1:])[7:37]
+    wanted = torch.func.functional_call(base, {"weight": total}, (x,))
+    mixed = with_changes(base, x, [(parts[0], 1.0), (others[0], -1.0), (others[1], 0.5)])
+    layer = attached(base, [*parts, *others])
+    run(layer, {"a0": 1.0, "a2": -1.0, "a3": 0.5})
+    torch.testing.assert_close(layer(x), mixed)
+    monkeypatch.setattr(LokrDelta, "delta_weight", None)
+    monkeypatch.setattr(LokrDelta, "weight_rows", None)
+    for parameter in layer.parameters_of("a0"):
+        parameter.requires_grad_(trained)
+    run(layer, {"a0": 0.7, "a1": -2.0})
+    torch.testing.assert_close(layer(x), wanted)
 
 
 def test_factors_that_are_trained_get_the_gradients_of_the_product() -> None:
