@@ -7,7 +7,8 @@ from .text_encoders import CLIP
 STAGE_C = Names(
     """
 [down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
-  attn.in_proj -> to_q | to_k | to_v ; attn.out_proj -> to_out.0
+  attn.to_q -> to_q ; attn.to_k -> to_k ; attn.to_v -> to_v ; attn.out_proj -> to_out.0
+  attn.in_proj -> to_q | to_k | to_v (r)  # the checkpoint's; ComfyUI has the parts, and its LoRAs are named so
 """,
     same="""
 clip_txt_pooled_mapper ; clip_txt_mapper ; clip_img_mapper ; embedding.1 ; down_downscalers.{i}.1.blocks.{j}
@@ -22,7 +23,8 @@ STAGE_B = Names(
     """
 clip_mapper -> clip_txt_pooled_mapper
 [down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
-  attn.in_proj -> to_q | to_k | to_v ; attn.out_proj -> to_out.0
+  attn.to_q -> to_q ; attn.to_k -> to_k ; attn.to_v -> to_v ; attn.out_proj -> to_out.0
+  attn.in_proj -> to_q | to_k | to_v (r)
 """,
     same="""
 effnet_mapper.0 ; effnet_mapper.2 ; pixels_mapper.0 ; pixels_mapper.2 ; embedding.1 ; up_repeat_mappers.{i}.{j}

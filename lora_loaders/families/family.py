@@ -109,7 +109,7 @@ class Family:
 
         None is a size that is not known, as the rows of one part of a fused weight are.
         """
-        known = self._known_shapes(component, path)
+        known = self.known_shapes(component, path)
         if not known:
             return None
         given = (out_features, in_features)
@@ -121,7 +121,8 @@ class Family:
     def _is_like(want: int | None, have: int | None, may_be_more: bool) -> bool:
         return want is None or have is None or want == have or (may_be_more and have > want)
 
-    def _known_shapes(self, component: str, path: str) -> list[Shape]:
+    def known_shapes(self, component: str, path: str) -> list[Shape]:
+        """The published weights of this path."""
         flat = flatten(path)
         rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
