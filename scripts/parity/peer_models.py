@@ -146,16 +146,16 @@ COSMOS1 = {
 LUMINA: dict[str, Any] = {
     "image_model": "lumina2",
     "in_channels": 16,
-    "dim": 64,
+    "dim": 96,
     "cap_feat_dim": 32,
     "n_layers": 2,
     "qk_norm": True,
-    "n_heads": 4,
+    "n_heads": 6,
     "n_kv_heads": 2,
     "axes_dims": [4, 6, 6],
     "multiple_of": 16,
 }
-Z_IMAGE = {**LUMINA, "n_kv_heads": 4, "z_image_modulation": True, "pad_tokens_multiple": 32}
+Z_IMAGE = {**LUMINA, "n_kv_heads": 6, "z_image_modulation": True, "pad_tokens_multiple": 32}
 LTX: dict[str, Any] = {
     "image_model": "ltxv",
     "num_layers": 2,
