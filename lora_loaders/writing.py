@@ -174,7 +174,8 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
         return template.format(component=component)
     if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
         return None  # which of two denoisers is meant stands in no key
-    return template.format(component=component, number=number, encoder=encoder)
+    level = family.level if family is not None and form.name == "original" and not is_encoder else ""
+    return template.format(component=component, number=number, encoder=encoder) + level
 
 
 def _tells(component: str, family: Family) -> bool:

@@ -543,3 +543,38 @@ def test_bad_metadata_of_a_header_names_the_file(tmp_path: Path, entry: str) -> 
     with pytest.raises(MalformedAdapterError) as caught:
         read_adapter(file)
     assert_says_all_four(caught.value, "style.safetensors")
+
+
+def test_original_names_of_ace_step_lie_where_its_checkpoint_has_them() -> None:
+    file = RandomFile("ace-step", "peft")
+    file.lora("base_model.model.layers.3.self_attn.q_proj", "transformer.layers.3.self_attn.to_q", H, H)
+    written = to_tensors(file.read(), "original")[0]
+    assert set(written) == {f"diffusion_model.decoder.layers.3.self_attn.q_proj.lora_{x}.weight" for x in "AB"}
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+def test_original_names_of_a_vision_language_encoder_are_its_checkpoints() -> None:
+    file = RandomFile("qwen-image", "peft")
+    for name in ("language_model.layers.0.mlp.up_proj", "visual.blocks.1.attn.qkv"):
+        file.lora(f"text_encoder.model.{name}", f"text_encoder.model.{name}", H, H)
+    stems = {key.removeprefix("text_encoders.qwen25_7b.transformer.").rsplit(".", 2)[0] for key in
+             to_tensors(file.read(), "original")[0]}  # fmt: skip
+    assert stems == {"model.layers.0.mlp.up_proj", "visual.blocks.1.attn.qkv"}
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_cascades_attention_is_read_and_written_in_comfyuis_parts(part: str) -> None:
+    file = RandomFile("cascade")
+    file.lora(f"lora_prior_unet_down_blocks_0_2_attention_attn_to_{part}", f"prior.down_blocks.0.2.attention.to_{part}",
+              H, H)  # fmt: skip
+    (stem,) = {key.rsplit(".", 2)[0] for key in to_tensors(file.read(), "original")[0]}
+    assert stem == f"diffusion_model.down_blocks.0.2.attention.attn.to_{part}"
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+def test_frame_rate_of_skyreels_is_read_by_its_original_names() -> None:
+    file = RandomFile("skyreels2", "peft")
+    file.lora("diffusion_model.fps_projection.0", "transformer.fps_projection.net.0.proj", H, H)
+    file.lora("diffusion_model.fps_projection.2", "transformer.fps_projection.net.2", 6 * H, H)
+    assert_says(file.read(), file.expected)

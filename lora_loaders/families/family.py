@@ -35,6 +35,7 @@ class Family:
         widens: module paths whose input a file may widen (Control files).
         config_facts: configuration values of the denoiser that tell this family from others of the same class.
         extends: a family all of whose names this one has too; a file without names of this one's own is the other's.
+        level: what stands above the denoiser's names in a checkpoint that holds more than it, read as a prefix.
         encoders: text encoder -> ComfyUI's name of it.
         encoder_numbers: text encoder -> kohya's number of it, where that is not its number in the pipeline.
         trainer_names: whose names kohya's trainers flatten for this family.
@@ -50,6 +51,7 @@ class Family:
     widens: tuple[str, ...] = ()
     config_facts: Mapping[str, object] = field(default_factory=dict[str, object])
     extends: str | None = None
+    level: str = ""
     encoders: Mapping[str, str] = field(default_factory=dict[str, str])
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
     trainer_names: Literal["original", "trainer", "diffusers"] = "original"

@@ -178,17 +178,12 @@ class Cell:
     reason: str = ""
     """Why nothing was written."""
     note: str = ""
+    """What the peer does in another way, the oracle following it."""
     tolerance: float = 0.0
 
     @property
     def is_right(self) -> bool:
         return not self.left and not self.missing and self.error <= self.tolerance
-
-    def __str__(self) -> str:
-        if self.reason:
-            return self.reason
-        told = f"{self.keys - len(self.left)}/{self.keys} · {self.error:.0e}" + (f" · {self.note}" if self.note else "")
-        return told + (f" · {len(self.missing)} modules not changed" if self.missing else "")
 
 
 @dataclass(frozen=True)
@@ -334,7 +329,7 @@ def ask(subject: Subject, adapter: Adapter, spelling: str, dtype: torch.dtype) -
     if cell.is_right or left or missing or not any(isinstance(m.delta, DoraDelta) for m in adapter.modules()):
         return cell
     error = difference(subject, ours(subject, adapter, dora_by_base=True), changed)
-    return replace(cell, error=error, note="over ‖W‖") if error <= cell.tolerance else cell
+    return replace(cell, error=error, note=OVER_BASE) if error <= cell.tolerance else cell
 
 
 def difference(subject: Subject, wanted: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> float:
@@ -538,12 +533,12 @@ NO_SHAPE = "ComfyUI wants `reshape_weight`, which diffusers' own loader does not
 NO_MAP = "ComfyUI's map from diffusers' names lacks Flux.2's guidance and its modulations"
 NO_CONV1D = "ComfyUI lines up w1 and w2 for two kernel axes alone"
 COSMOS_NAMES = "diffusers has one class for Cosmos 1 and 2, and so one set of names; Cosmos 2's are written"
-MUSUBI = "musubi-tuner's names, of which ComfyUI knows those of the blocks' attention alone; it reads `original` whole"
+MUSUBI = "musubi-tuner's names, of which ComfyUI knows a part (musubi converts them); it reads `original` whole"
 CLIP_LINEARS = "ComfyUI's map of CLIP has the projections of its layers alone under these names"
 SPLIT_NAMES = "diffusers|peft|onetrainer|lycoris"
 EXPLAINED: tuple[tuple[str, str, str, str, str], ...] = (
     ("ComfyUI", "Cosmos 1", ".*", ".*", COSMOS_NAMES),
-    ("ComfyUI", "Hunyuan(Video|Image).*", "kohya", ".*", MUSUBI),
+    ("ComfyUI", "(Hunyuan(Video|Image)|Z-Image).*", "kohya", ".*", MUSUBI),
     ("ComfyUI", r"[\w-]+: .*clip.*", "kohya|diffusers|onetrainer", "norm difference", CLIP_LINEARS),
     ("ComfyUI", "sdxl: .*", "diffusers", ".*", CLIP_LINEARS),
     ("ComfyUI", "Flux.2", "diffusers", ".*", NO_MAP),
@@ -557,46 +552,83 @@ EXPLAINED: tuple[tuple[str, str, str, str, str], ...] = (
 """(peer, model, spelling, algebra, why): regular expressions, and the reason that the table quotes."""
 
 
+OVER_BASE = "ComfyUI divides DoRA's magnitude by ‖W‖, not by ‖W + ΔW‖; with that the change is equal"
+
+
 def explained(peer: str, subject: Subject, spelling: str, algebra: str) -> str | None:
     told = (peer, subject.label, spelling, algebra)
     return next((row[-1] for row in EXPLAINED if all(map(re.fullmatch, row[:-1], told))), None)
 
 
-def measured(peer: Any, only: Sequence[str]) -> Iterator[tuple[list[str], bool]]:
-    """Rows of the table, and whether each is as it should be."""
+HEADER = """| peer | model | spelling | read | keys consumed | error, float64 | float32 | why not, or how |
+|---|---|---|---|---|---|---|---|"""
+
+
+def measured(peer: Any, only: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Rows of the table, and how many files of each are read wrongly without an explanation."""
     for one in peer.subjects(only):
         unknown = f"; not in our tables: {', '.join(one.unknown)}" if one.unknown else ""
         print(f"{one.label}: {len(one.modules)} modules{unknown}", file=sys.stderr, flush=True)
         if not one.parts:
-            yield [peer.name, one.label, "", "", "not asked", "our tables have diffusers' names of it alone"], True
+            yield f"| {peer.name} | {one.label} | | 0 | | | | our tables have diffusers' names of it alone |", 0
             continue
         adapters = [(algebra.name, made(one, algebra), algebra.dtype) for algebra in peer.algebras]
         adapters += [(f"{a.name}, split", made_split(one, a), a.dtype) for a in peer.algebras[:2]]
-        for name, adapter, dtype in adapters:
-            for spelling in () if isinstance(adapter, str) else one.spellings:
-                cell = ask(one, adapter, spelling, dtype)
-                why = "" if cell.is_right or cell.reason else explained(peer.name, one, spelling, name)
-                failed = why is None
-                note = f"FAILED: {[*cell.left, *cell.missing][:2]}" if failed else why
-                yield [peer.name, one.label, spelling, name, str(cell), note], not failed
+        for spelling in one.spellings:
+            cells = [(n, d, ask(one, a, spelling, d)) for n, a, d in adapters if isinstance(a, Adapter)]
+            yield row(peer.name, one, spelling, cells)
+
+
+def row(peer: str, one: Subject, spelling: str, cells: Sequence[tuple[str, torch.dtype, Cell]]) -> tuple[str, int]:
+    """One model in one spelling: what is read, and of the rest why not."""
+    notes: dict[str, list[str]] = {}
+    read: list[tuple[torch.dtype, Cell]] = []
+    failed = 0
+    for name, dtype, cell in cells:
+        right = cell.is_right and not cell.reason
+        if right:
+            read.append((dtype, cell))
+        why = cell.note if right else cell.reason or explained(peer, one, spelling, name)
+        if why is None:
+            failed += 1
+            why = f"**FAILED** ({cell.error:.0e}; {', '.join([*cell.left, *cell.missing][:2])})"
+        if why:
+            notes.setdefault(why, []).append(name)
+    keys = sum(cell.keys for _, cell in read)
+    errors = [max((c.error for d, c in read if d == dtype), default=None) for dtype in TOLERANCE]
+    told = "; ".join(f"{why}: {', '.join(names)}" for why, names in notes.items())
+    worst = " | ".join("" if error is None else f"{error:.0e}" for error in errors)
+    return (
+        f"| {peer} | {one.label} | {spelling} | {len(read)} of {len(cells)} | {keys} of {keys} | {worst} | {told} |",
+        failed,
+    )
 
 
 def main() -> int:
+    """Print or write the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--comfyui", type=Path)
-    parser.add_argument("--sd-scripts", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--comfyui", type=Path, help="a checkout of ComfyUI")
+    parser.add_argument("--sd-scripts", type=Path, help="a checkout of sd-scripts")
+    parser.add_argument("--output", type=Path, help="where to write the table, instead of printing it")
+    parser.add_argument("--only", nargs="*", default=[], help="families or models, as the table names them")
     arguments = parser.parse_args()
-    logging.getLogger().handlers = [logging.NullHandler()]
-    failed = 0
+    logging.getLogger().handlers = [logging.NullHandler()]  # what ComfyUI says is counted, not shown
+    rows, failed = [HEADER], 0
     for peer, checkout in ((ComfyUI, arguments.comfyui), (SdScripts, arguments.sd_scripts)):
         if checkout is None:
             print(f"{peer.name}: no checkout given, left out", file=sys.stderr)
             continue
-        for row, right in measured(peer(checkout), arguments.only):
-            failed += not right
-            print(" | ".join(row), flush=True)
+        loader = peer(checkout)
+        print(f"{peer.name}: stubs for {', '.join(loader.stubs) or 'nothing'}", file=sys.stderr)
+        for line, wrong in measured(loader, arguments.only):
+            rows.append(line)
+            failed += wrong
+    table = "\n".join(rows) + "\n"
+    if arguments.output:
+        arguments.output.write_text(table, "utf-8")
+    else:
+        print(table, end="")
+    print(f"{len(rows) - 1} rows, {failed} files read wrongly without an explanation", file=sys.stderr)
     return int(failed > 0)
 
 

@@ -256,16 +256,17 @@ HIDREAM = {
     "text_emb_dim": 32,
 }
 ACE = {
-    "audio_model": "ace",
-    "attention_head_dim": 32,
-    "inner_dim": 64,
-    "num_attention_heads": 2,
-    "num_layers": 2,
-    "speaker_embedding_dim": 16,
-    "text_embedding_dim": 32,
-    "ssl_latent_dims": [32, 32],
-    "lyric_encoder_vocab_size": 32,
-    "lyric_hidden_size": 64,
+    "audio_model": "ace1.5",
+    "hidden_size": 64,
+    "text_hidden_dim": 32,
+    "num_dit_layers": 2,
+    "num_lyric_layers": 1,
+    "num_timbre_layers": 1,
+    "num_tokenizer_layers": 1,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
 }
 QWEN = {
     "image_model": "qwen_image",
@@ -353,7 +354,7 @@ COMFYUI: tuple[PeerModel, ...] = (
     PeerModel("Wan 2.1 VACE", "wan", "WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
     PeerModel("Wan 2.2 Animate", "wan", "WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36}),
     PeerModel("HiDream", "hidream", "HiDream", HIDREAM),
-    PeerModel("ACE-Step", "ace-step", "ACEStep", ACE),
+    PeerModel("ACE-Step 1.5", "ace-step", "ACEStep15", ACE, ("original",), only="^diffusion_model.decoder"),
     PeerModel("Qwen-Image", "qwen-image", "QwenImage", QWEN, (*DIFFUSERS, "lycoris")),
     PeerModel("Kandinsky 5", "kandinsky5", "Kandinsky5", KANDINSKY),
 )  # fmt: skip
