@@ -120,9 +120,10 @@ def dora_per_input(shape: tuple[int, ...]) -> Tensors | None:
 
 
 def widened(shape: tuple[int, ...]) -> Tensors | None:
-    if len(shape) > 2:
+    out, inputs, *kernel = shape
+    if kernel:
         return None
-    wider = (shape[0], shape[1] + 4)
+    wider = (out, inputs + 4)
     return {**lora(wider), ".reshape_weight": torch.tensor(wider)}
 
 
@@ -253,8 +254,16 @@ def subject(label: str, family: str, spellings: tuple[str, ...], modules: Sequen
     return Subject(label, family, spellings, tuple(m for m in modules if m in known), parts, unknown, load)
 
 
-def made(subject: Subject, algebra: Algebra) -> Adapter | str:
-    """A random adapter over the subject's modules; modules that cannot be cut are left out. Or why there is none."""
+@dataclass(frozen=True)
+class Made:
+    """A random adapter, and what it changes by the peer's key."""
+
+    adapter: Adapter
+    changes: Mapping[str, Tensor]
+
+
+def made(subject: Subject, algebra: Algebra) -> Made | None:
+    """A random adapter over the subject's modules; those that cannot be cut are left out. None if none is left."""
     counts = Counter(part.module for part in subject.parts.values())
     wide = {subject.parts[at].module for at in subject.parts if at[1] in family_named(subject.family).widens}
     fitting = [m for m in (wide if algebra.widens else subject.modules) if algebra.vectors == (len(m.shape) == 1)]
@@ -262,24 +271,25 @@ def made(subject: Subject, algebra: Algebra) -> Adapter | str:
         made = [(m, slots) for m in modules if (slots := algebra.make(m.shape))]
         tensors = joined(named(m.stem, slots, algebra, m.has_bias) for m, slots in made)
         if not tensors:
-            return "no module of that kind"
+            return None
         try:
             adapter = ll.read_adapter(tensors, family=subject.family)
-            ours(subject, adapter)  # a part may need the whole module's weight
-        except ConversionError:
+            return Made(adapter, ours(subject, adapter))
+        except ConversionError:  # also of a part that needs the whole module's weight
             continue
-        return adapter
-    return "cannot be cut to diffusers' modules"
+    return None
 
 
-def made_split(subject: Subject, algebra: Algebra) -> Adapter:
+def made_split(subject: Subject, algebra: Algebra) -> Made:
     """The same, as if trained on diffusers' modules: the parts of a fused module have nothing in common."""
     made = [
         (f"{component}.{path}", slots, part.module.has_bias)
         for (component, path), part in subject.parts.items()
         if len(part.module.shape) > 1 and (slots := algebra.make((len(part.rows), *part.module.shape[1:])))
     ]
-    return ll.read_adapter(joined(named(stem, slots, algebra, b) for stem, slots, b in made), family=subject.family)
+    tensors = joined(named(stem, slots, algebra, has_bias) for stem, slots, has_bias in made)
+    adapter = ll.read_adapter(tensors, family=subject.family)
+    return Made(adapter, ours(subject, adapter))
 
 
 def joined(dictionaries: Iterable[Tensors]) -> Tensors:
@@ -316,19 +326,19 @@ def ours(subject: Subject, adapter: Adapter, dora_by_base: bool = False) -> dict
     return changes
 
 
-def ask(subject: Subject, adapter: Adapter, spelling: str, dtype: torch.dtype) -> Cell:
+def ask(subject: Subject, made: Made, spelling: str, dtype: torch.dtype) -> Cell:
     """Write, let the peer load, compare."""
     try:
-        tensors, _, _ = to_tensors(adapter, spelling)
+        tensors, _, _ = to_tensors(made.adapter, spelling)
     except ConversionError as error:
         return Cell(reason=f"not written: {(error.problems or [error.what])[0].rpartition(': ')[2]}")
     changed, left = subject.load(tensors, subject.weight, dtype)
-    wanted = ours(subject, adapter)
+    wanted = made.changes
     missing = tuple(key for key, change in wanted.items() if key not in changed and change.any())
     cell = Cell(tuple(left), len(tensors), difference(subject, wanted, changed), missing, tolerance=TOLERANCE[dtype])
-    if cell.is_right or left or missing or not any(isinstance(m.delta, DoraDelta) for m in adapter.modules()):
+    if cell.is_right or left or missing or not any(isinstance(m.delta, DoraDelta) for m in made.adapter.modules()):
         return cell
-    error = difference(subject, ours(subject, adapter, dora_by_base=True), changed)
+    error = difference(subject, ours(subject, made.adapter, dora_by_base=True), changed)
     return replace(cell, error=error, note=OVER_BASE) if error <= cell.tolerance else cell
 
 
@@ -444,7 +454,8 @@ class ComfyUI:
             try:
                 patches: dict[str, list[Any]] = {}
                 for target, patch in self.lora.load_lora(self.convert.convert_lora(dict(tensors)), keys).items():
-                    key, offset, function = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
+                    parts: Any = [*target, None] if isinstance(target, tuple) else [target, None, None]
+                    key, offset, function, *_ = parts
                     patches.setdefault(key, []).append((1.0, patch, 1.0, offset, function))
                 changed: dict[str, Tensor] = {}
                 for key, list_ in patches.items():
@@ -499,7 +510,7 @@ class SdScripts:
                 if getattr(module, "bias", None) is not None:
                     module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=dtype), requires_grad=False)
             network.merge_to([], model, file, dtype, "cpu")
-            return {f"{path}.weight": model.get_submodule(path).weight.detach() for path in adapted}, left
+            return {f"{path}.weight": model.get_parameter(f"{path}.weight").detach() for path in adapted}, left
 
         return load
 
@@ -575,7 +586,7 @@ def measured(peer: Any, only: Sequence[str]) -> Iterator[tuple[str, int]]:
         adapters = [(algebra.name, made(one, algebra), algebra.dtype) for algebra in peer.algebras]
         adapters += [(f"{a.name}, split", made_split(one, a), a.dtype) for a in peer.algebras[:2]]
         for spelling in one.spellings:
-            cells = [(n, d, ask(one, a, spelling, d)) for n, a, d in adapters if isinstance(a, Adapter)]
+            cells = [(n, d, ask(one, a, spelling, d)) for n, a, d in adapters if a is not None]
             yield row(peer.name, one, spelling, cells)
 
 
@@ -606,14 +617,16 @@ def row(peer: str, one: Subject, spelling: str, cells: Sequence[tuple[str, torch
 
 def main() -> int:
     """Print or write the table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--comfyui", type=Path, help="a checkout of ComfyUI")
     parser.add_argument("--sd-scripts", type=Path, help="a checkout of sd-scripts")
     parser.add_argument("--output", type=Path, help="where to write the table, instead of printing it")
     parser.add_argument("--only", nargs="*", default=[], help="families or models, as the table names them")
     arguments = parser.parse_args()
     logging.getLogger().handlers = [logging.NullHandler()]  # what ComfyUI says is counted, not shown
-    rows, failed = [HEADER], 0
+    out = arguments.output.open("w", encoding="utf-8") if arguments.output else sys.stdout
+    print(HEADER, file=out)
+    rows = failed = 0
     for peer, checkout in ((ComfyUI, arguments.comfyui), (SdScripts, arguments.sd_scripts)):
         if checkout is None:
             print(f"{peer.name}: no checkout given, left out", file=sys.stderr)
@@ -621,14 +634,9 @@ def main() -> int:
         loader = peer(checkout)
         print(f"{peer.name}: stubs for {', '.join(loader.stubs) or 'nothing'}", file=sys.stderr)
         for line, wrong in measured(loader, arguments.only):
-            rows.append(line)
-            failed += wrong
-    table = "\n".join(rows) + "\n"
-    if arguments.output:
-        arguments.output.write_text(table, "utf-8")
-    else:
-        print(table, end="")
-    print(f"{len(rows) - 1} rows, {failed} files read wrongly without an explanation", file=sys.stderr)
+            print(line, file=out, flush=True)
+            rows, failed = rows + 1, failed + wrong
+    print(f"{rows} rows, {failed} files read wrongly without an explanation", file=sys.stderr)
     return int(failed > 0)
 
 

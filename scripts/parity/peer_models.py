@@ -367,8 +367,9 @@ class Encoders:
     family: str
     encoders: Mapping[str, str]
     spellings: tuple[str, ...] = ("original",)
-    without: str = r"embed|\btext_projection\b"
-    """A pattern for the modules that are left out: those that diffusers' encoders of the family do not have."""
+    without: str = r"embed|\btext_projection\b|\bvisual\b"
+    """A pattern for the modules that are left out: those that diffusers' encoders of the family do not have, and vision
+    towers, which ComfyUI builds at their full size alone."""
 
 
 CLIP, T5 = "comfy.clip_model:CLIPTextModel", "comfy.text_encoders.t5:T5"
