@@ -255,19 +255,6 @@ HIDREAM = {
     "patch_size": 2,
     "text_emb_dim": 32,
 }
-ACE = {
-    "audio_model": "ace1.5",
-    "hidden_size": 64,
-    "text_hidden_dim": 32,
-    "num_dit_layers": 2,
-    "num_lyric_layers": 1,
-    "num_timbre_layers": 1,
-    "num_tokenizer_layers": 1,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 96,
-}
 QWEN = {
     "image_model": "qwen_image",
     "in_channels": 64,
@@ -354,7 +341,6 @@ COMFYUI: tuple[PeerModel, ...] = (
     PeerModel("Wan 2.1 VACE", "wan", "WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
     PeerModel("Wan 2.2 Animate", "wan", "WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36}),
     PeerModel("HiDream", "hidream", "HiDream", HIDREAM),
-    PeerModel("ACE-Step 1.5", "ace-step", "ACEStep15", ACE, ("original",), only="^diffusion_model.decoder"),
     PeerModel("Qwen-Image", "qwen-image", "QwenImage", QWEN, (*DIFFUSERS, "lycoris")),
     PeerModel("Kandinsky 5", "kandinsky5", "Kandinsky5", KANDINSKY),
 )  # fmt: skip
@@ -367,7 +353,7 @@ class Encoders:
     family: str
     encoders: Mapping[str, str]
     spellings: tuple[str, ...] = ("original",)
-    without: str = r"embed|\btext_projection\b|\bvisual\b"
+    without: str = r"embed|\btext_projection\b|\bvisual\b|multi_modal"
     """A pattern for the modules that are left out: those that diffusers' encoders of the family do not have, and vision
     towers, which ComfyUI builds at their full size alone."""
 
