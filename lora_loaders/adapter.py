@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .buffers import BufferMover
 from .deltas import Delta
+from .errors import ConversionError
 
 
 class Modules(NamedTuple):
@@ -88,6 +89,20 @@ class Adapter:
             return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
 
         return self.map(lambda delta: delta.map_tensors(change))
+
+    def refuse_unresolved(self) -> None:
+        """Raise unless every module's name is known; leaving some out of what is written would be silent loss.
+
+        Raises:
+            ConversionError: some are not.
+        """
+        if self.unresolved:
+            raise ConversionError(
+                f"{self.source} ({self.describe()}): {len(self.unresolved)} modules have names that are not known",
+                problems=[f"{module.name}: {module.reason}" for module in self.unresolved],
+                mend="Name the family with family=… if it was taken for another.",
+                state="Nothing was written.",
+            )
 
     def describe(self) -> str:
         """Format and family in words, for messages."""

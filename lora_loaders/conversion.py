@@ -120,7 +120,7 @@ def parse(
     known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
         raise _no_adapter(contents.label, left)
-    scalings = Scalings.of(contents.metadata, contents.config)
+    scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     for module in modules:

@@ -26,15 +26,15 @@ class Scalings:
     """Rank and alpha of the header's `ss_network_dim` and `ss_network_alpha`."""
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> "Scalings":
-        """Gather what the header's metadata and the configuration file say."""
+    def of(cls, metadata: Mapping[str, str], config: Mapping[str, Any] | None, label: str) -> "Scalings":
+        """Gather what the header's metadata and the configuration file say; `label` names the file in errors."""
         configs: dict[str, Mapping[str, Any]] = {}
         if config is not None:
             configs[""] = config
         if METADATA_KEY in metadata:
-            configs |= _by_component(_parsed(metadata[METADATA_KEY]))
+            configs |= _by_component(_parsed(metadata[METADATA_KEY], label))
         for config in configs.values():
-            _check(config)
+            _check(config, label)
         return cls(configs, _kohya(metadata))
 
     def apply(self, delta: Delta, component: str, path: str | None, *, given: bool) -> Delta:
@@ -54,19 +54,25 @@ class Scalings:
         return delta
 
 
-def _parsed(text: str) -> Mapping[str, Any]:
+def _parsed(text: str, label: str) -> Mapping[str, Any]:
     try:
         flat = json.loads(text)
     except ValueError as error:
-        mend = "Take the entry out of the header: alpha is the rank then."
-        what = f"the header's {METADATA_KEY} is no JSON ({error})"
-        raise MalformedAdapterError(what, mend=mend, state=UNTOUCHED) from error
+        raise _bad_entry(label, f"no JSON ({error})") from error
     if not isinstance(flat, dict):
-        raise MalformedAdapterError(f"the header's {METADATA_KEY} is no dictionary", state=UNTOUCHED)
+        raise _bad_entry(label, "no dictionary")
     return flat
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def _bad_entry(label: str, fault: str) -> MalformedAdapterError:
+    return MalformedAdapterError(
+        f"{label}: the header's {METADATA_KEY} is {fault}",
+        mend="Take the entry out of the header: alpha is the rank then.",
+        state=UNTOUCHED,
+    )
+
+
+def _check(config: Mapping[str, Any], label: str) -> None:
     """Raise unless alphas are numbers and the keys of their pattern are regular expressions."""
     pattern: Any = config.get("alpha_pattern") or {}
     try:
@@ -76,9 +82,11 @@ def _check(config: Mapping[str, Any]) -> None:
         for name in ("lora_alpha", "alpha", "r", "eps"):
             float(config.get(name) or 0)
     except (TypeError, ValueError, re.error) as error:
-        what = f"lora_alpha {config.get('lora_alpha')!r} with alpha_pattern {pattern!r} says no scaling ({error})"
+        alpha = config.get("lora_alpha")
         raise MalformedAdapterError(
-            what, mend="Mend the header or the adapter_config.json.", state=UNTOUCHED
+            f"{label}: lora_alpha {alpha!r} with alpha_pattern {pattern!r} says no scaling ({error})",
+            mend="Mend the header or the adapter_config.json.",
+            state=UNTOUCHED,
         ) from error
 
 

@@ -64,13 +64,7 @@ def to_tensors(
         ValueError: no such format.
     """
     form = format_named(format)
-    if adapter.unresolved:
-        raise ConversionError(
-            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
-            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
-            mend="Name the family with family=… if it was taken for another.",
-            state="Nothing was written.",
-        )
+    adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
     writing = _Writing(form, family)
     components = [component for component, deltas in adapter.deltas.items() if deltas]
@@ -180,7 +174,8 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
         return template.format(component=component)
     if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
         return None  # which of two denoisers is meant stands in no key
-    return template.format(component=component, number=number, encoder=encoder)
+    level = family.level if family is not None and form.name == "original" and not is_encoder else ""
+    return template.format(component=component, number=number, encoder=encoder) + level
 
 
 def _tells(component: str, family: Family) -> bool:
@@ -202,7 +197,9 @@ def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> li
     names = form.names
     if names == "trainer":
         names = family.trainer_names if family else "diffusers"
-    if names == "diffusers" or family is None or component.startswith("text_encoder"):
+    # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
+    is_encoder = component.startswith("text_encoder")
+    if names == "diffusers" or family is None or (is_encoder and form.names != "original"):
         if names in ("xlabs", "omi"):
             writing.problems.append(f"{component}: no {names} names are known for this family")
         return list(deltas.items())
@@ -309,9 +306,12 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         return
     if "diff_m" in slots:
         name, slots = _modulation(name, slots)
+    if form.tells_shape and _is_widened(name, inner, component, writing.family):
+        slots["reshape_weight"] = torch.tensor(inner.shape)
+    style = STYLES[form.core_style if form.core_style and "mid" in slots else form.style]
     written = flatten_name(name) if form.flat else name
     for slot, tensor in slots.items():
-        suffix = form.slots.get(slot) or STYLES[form.style].get(slot) or COMMON.get(slot)
+        suffix = form.slots.get(slot) or style.get(slot) or COMMON.get(slot)
         if suffix is None:
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
@@ -326,6 +326,15 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
         writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
+
+
+def _is_widened(name: str, delta: Delta, component: str, family: Family | None) -> bool:
+    """Whether the change has more inputs than any published weight here: a Control file."""
+    if family is None or not isinstance(delta, LoraDelta):
+        return False
+    paths = [r.paths[0] for r in family.components[component].resolve(name) if r.paths[0] in family.widens]
+    widths = [shape.sizes[1] or 0 for path in paths for shape in family.known_shapes(component, path)]
+    return bool(widths) and delta.shape[1] > max(widths)
 
 
 def _modulation(name: str, slots: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse, read_adapter
 from lora_loaders.converting import convert
 from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
-from lora_loaders.errors import AdapterFileError, ConversionError, UnknownFormatError
+from lora_loaders.errors import AdapterFileError, ConversionError, MalformedAdapterError, UnknownFormatError
 from lora_loaders.files import Contents, read_header
 from lora_loaders.writing import to_tensors, write_adapter
 
@@ -500,3 +500,81 @@ def test_a_sparse_remainder_is_written_back(target: str) -> None:
     wanted[places[0], places[1]] += values
     change = through(file.read(), target).deltas["transformer"]["x_embedder"].delta_weight()
     torch.testing.assert_close(change, wanted.to(change))
+
+
+def test_original_says_a_tucker_core_beside_kohyas_factors_where_comfyui_looks_for_it() -> None:
+    file = RandomFile("sd15")
+    stem, path = "lora_unet_input_blocks_1_0_in_layers_2", "unet.down_blocks.0.resnets.0.conv1"
+    down, mid, up = file.randn(4, H, 1, 1), file.randn(4, 4, 3, 3), file.randn(H, 4, 1, 1)
+    file.tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_mid.weight": mid, f"{stem}.lora_up.weight": up}
+    file.lora("lora_unet_time_embed_0", "unet.time_embedding.linear_1", H, H)
+    file.expect(path, torch.einsum("oa,abhw,bi->oihw", up[..., 0, 0], mid, down[..., 0, 0]))
+    written = set(to_tensors(file.read(), "original")[0])
+    assert written == {
+        *(f"diffusion_model.input_blocks.1.0.in_layers.2.lora_{name}.weight" for name in ("down", "mid", "up")),
+        *(f"diffusion_model.time_embed.0.lora_{name}.weight" for name in "AB"),
+    }
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+@pytest.mark.parametrize("target", ["kohya", "original", "lycoris", "onetrainer"])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_a_widened_input_is_told_to_comfyui_and_no_other(target: str, columns: int) -> None:
+    file = RandomFile("flux1")
+    file.lora("lora_unet_img_in", "transformer.x_embedder", 3072, columns, rank=1)
+    file.lora("lora_unet_txt_in", "transformer.context_embedder", 3072, 4096, rank=1)
+    tensors, _, _ = to_tensors(file.read(), target)
+    told = {key: tensor.tolist() for key, tensor in tensors.items() if key.endswith(".reshape_weight")}
+    assert list(told.values()) == ([[3072, 128]] if columns == 128 else [])
+    assert_says(through(file.read(), target), file.expected)
+
+
+def test_bfl_and_diffusers_do_not_tell_a_widened_input() -> None:
+    file = RandomFile("flux1")
+    file.lora("lora_unet_img_in", "transformer.x_embedder", 3072, 128, rank=1)
+    for target in ("bfl", "diffusers", "peft"):
+        assert not [key for key in to_tensors(file.read(), target)[0] if key.endswith(".reshape_weight")]
+
+
+@pytest.mark.parametrize("entry", ["{not json", "[1]", '{"transformer.lora_alpha": "many"}'])
+def test_bad_metadata_of_a_header_names_the_file(tmp_path: Path, entry: str) -> None:
+    file = tmp_path / "style.safetensors"
+    safetensors.torch.save_file(flux_kohya().tensors, file, {"lora_adapter_metadata": entry})
+    with pytest.raises(MalformedAdapterError) as caught:
+        read_adapter(file)
+    assert_says_all_four(caught.value, "style.safetensors")
+
+
+def test_original_names_of_ace_step_lie_where_its_checkpoint_has_them() -> None:
+    file = RandomFile("ace-step", "peft")
+    file.lora("base_model.model.layers.3.self_attn.q_proj", "transformer.layers.3.self_attn.to_q", H, H)
+    written = to_tensors(file.read(), "original")[0]
+    assert set(written) == {f"diffusion_model.decoder.layers.3.self_attn.q_proj.lora_{x}.weight" for x in "AB"}
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+def test_original_names_of_a_vision_language_encoder_are_its_checkpoints() -> None:
+    file = RandomFile("qwen-image", "peft")
+    for name in ("language_model.layers.0.mlp.up_proj", "visual.blocks.1.attn.qkv"):
+        file.lora(f"text_encoder.model.{name}", f"text_encoder.model.{name}", H, H)
+    stems = {key.removeprefix("text_encoders.qwen25_7b.transformer.").rsplit(".", 2)[0] for key in
+             to_tensors(file.read(), "original")[0]}  # fmt: skip
+    assert stems == {"model.layers.0.mlp.up_proj", "visual.blocks.1.attn.qkv"}
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_cascades_attention_is_read_and_written_in_comfyuis_parts(part: str) -> None:
+    file = RandomFile("cascade")
+    file.lora(f"lora_prior_unet_down_blocks_0_2_attention_attn_to_{part}", f"prior.down_blocks.0.2.attention.to_{part}",
+              H, H)  # fmt: skip
+    (stem,) = {key.rsplit(".", 2)[0] for key in to_tensors(file.read(), "original")[0]}
+    assert stem == f"diffusion_model.down_blocks.0.2.attention.attn.to_{part}"
+    assert_says(through(file.read(), "original"), file.expected)
+
+
+def test_frame_rate_of_skyreels_is_read_by_its_original_names() -> None:
+    file = RandomFile("skyreels2", "peft")
+    file.lora("diffusion_model.fps_projection.0", "transformer.fps_projection.net.0.proj", H, H)
+    file.lora("diffusion_model.fps_projection.2", "transformer.fps_projection.net.2", 6 * H, H)
+    assert_says(file.read(), file.expected)

@@ -97,13 +97,7 @@ def read_whole(source: Source, family: str | None = None) -> Adapter:
         ConversionError: some are not; leaving them out would be silent loss.
     """
     adapter = read_adapter(source, family=family)
-    if adapter.unresolved:
-        raise ConversionError(
-            f"{adapter.source} ({adapter.describe()}): {len(adapter.unresolved)} modules have names that are not known",
-            problems=[f"{module.name}: {module.reason}" for module in adapter.unresolved],
-            mend="Name the family with family=… if it was taken for another.",
-            state="Nothing was written.",
-        )
+    adapter.refuse_unresolved()
     return adapter
 
 

@@ -25,4 +25,5 @@ ACE_STEP = Family(
     components={"transformer": TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("AceStepTransformer1DModel",),
     depths={"layers": (24,)},
+    level="decoder.",
 )

@@ -4,10 +4,16 @@ from .family import Family, Shape
 from .rules import Names
 from .text_encoders import CLIP
 
+# The checkpoint's attention is fused; ComfyUI has the parts, and LoRAs are named so.
+CHECKPOINT_ATTENTION = """
+[down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
+  attn.in_proj -> to_q | to_k | to_v
+"""
+
 STAGE_C = Names(
     """
 [down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
-  attn.in_proj -> to_q | to_k | to_v ; attn.out_proj -> to_out.0
+  attn.to_q -> to_q ; attn.to_k -> to_k ; attn.to_v -> to_v ; attn.out_proj -> to_out.0
 """,
     same="""
 clip_txt_pooled_mapper ; clip_txt_mapper ; clip_img_mapper ; embedding.1 ; down_downscalers.{i}.1.blocks.{j}
@@ -16,13 +22,14 @@ up_upscalers.{i}.1.blocks.{j} ; clf.1
   depthwise ; channelwise.0 ; channelwise.2.gamma (p) ; channelwise.2.beta (p) ; channelwise.4 ; mapper ; mapper_sca
   mapper_crp ; kv_mapper.1
 """,
+    trainer=CHECKPOINT_ATTENTION,
 )
 
 STAGE_B = Names(
     """
 clip_mapper -> clip_txt_pooled_mapper
 [down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
-  attn.in_proj -> to_q | to_k | to_v ; attn.out_proj -> to_out.0
+  attn.to_q -> to_q ; attn.to_k -> to_k ; attn.to_v -> to_v ; attn.out_proj -> to_out.0
 """,
     same="""
 effnet_mapper.0 ; effnet_mapper.2 ; pixels_mapper.0 ; pixels_mapper.2 ; embedding.1 ; up_repeat_mappers.{i}.{j}
@@ -33,6 +40,7 @@ clf.1
 [down_downscalers.{i} ; up_upscalers.{i}]
   1
 """,
+    trainer=CHECKPOINT_ATTENTION,
 )
 
 CASCADE = Family(

@@ -35,6 +35,7 @@ class Family:
         widens: module paths whose input a file may widen (Control files).
         config_facts: configuration values of the denoiser that tell this family from others of the same class.
         extends: a family all of whose names this one has too; a file without names of this one's own is the other's.
+        level: what stands above the denoiser's names in a checkpoint that holds more than it, read as a prefix.
         encoders: text encoder -> ComfyUI's name of it.
         encoder_numbers: text encoder -> kohya's number of it, where that is not its number in the pipeline.
         trainer_names: whose names kohya's trainers flatten for this family.
@@ -50,6 +51,7 @@ class Family:
     widens: tuple[str, ...] = ()
     config_facts: Mapping[str, object] = field(default_factory=dict[str, object])
     extends: str | None = None
+    level: str = ""
     encoders: Mapping[str, str] = field(default_factory=dict[str, str])
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
     trainer_names: Literal["original", "trainer", "diffusers"] = "original"
@@ -113,7 +115,7 @@ class Family:
 
         None is a size that is not known, as the rows of one part of a fused weight are.
         """
-        known = self._known_shapes(component, path)
+        known = self.known_shapes(component, path)
         if not known:
             return None
         given = (out_features, in_features)
@@ -125,7 +127,8 @@ class Family:
     def _is_like(want: int | None, have: int | None, may_be_more: bool) -> bool:
         return want is None or have is None or want == have or (may_be_more and have > want)
 
-    def _known_shapes(self, component: str, path: str) -> list[Shape]:
+    def known_shapes(self, component: str, path: str) -> list[Shape]:
+        """The published weights of this path."""
         flat = flatten(path)
         rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]

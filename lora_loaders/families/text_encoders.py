@@ -51,20 +51,38 @@ lm_head ; model.language_model.embed_tokens ; model.language_model.norm
 {DECODER_LAYER}
 """
 
+# As their checkpoints, and ComfyUI after them, call the language half.
+VISION_LANGUAGE_ORIGINAL = f"""
+model.embed_tokens -> model.language_model.embed_tokens ; model.norm -> model.language_model.norm
+[model.layers.{{i}} -> model.language_model.layers.{{i}}]
+{DECODER_LAYER}
+"""
+QWEN2_5_TOWER = """
+  attn.qkv ; attn.proj ; mlp.gate_proj ; mlp.up_proj ; mlp.down_proj ; norm1 ; norm2
+"""
+
 # `model.language_model.layers…` in transformers 5, `model.layers…` before, `layers…` in trainers and bare models.
 VISION_LANGUAGE_PREFIXES = ("model.", "language_model.")
 
 QWEN2_5_VL = Names(
+    f"""
+{VISION_LANGUAGE_ORIGINAL}
+[visual -> model.visual]
+  patch_embed.proj ; merger.ln_q ; merger.mlp.0 ; merger.mlp.2
+[visual.blocks.{{i}} -> model.visual.blocks.{{i}}]
+{QWEN2_5_TOWER}
+""",
     same=f"""
 {VISION_LANGUAGE_ROWS}
 model.visual.patch_embed.proj ; model.visual.merger.ln_q ; model.visual.merger.mlp.0 ; model.visual.merger.mlp.2
 [model.visual.blocks.{{i}}]
-  attn.qkv ; attn.proj ; mlp.gate_proj ; mlp.up_proj ; mlp.down_proj ; norm1 ; norm2
+{QWEN2_5_TOWER}
 """,
     optional_prefixes=VISION_LANGUAGE_PREFIXES,
 )
 
 QWEN3_VL = Names(
+    VISION_LANGUAGE_ORIGINAL,
     same=f"""
 {VISION_LANGUAGE_ROWS}
 model.visual.patch_embed.proj ; model.visual.pos_embed
@@ -79,6 +97,7 @@ model.visual.patch_embed.proj ; model.visual.pos_embed
 # Mistral 3 (Pixtral's vision tower), Gemma 3 (SigLIP's) and LLaVA (CLIP's); only the language half is ever trained for
 # pictures, the vision halves are named for completeness.
 MISTRAL3 = Names(
+    VISION_LANGUAGE_ORIGINAL,
     same=f"""
 {VISION_LANGUAGE_ROWS}
 model.vision_tower.patch_conv ; model.vision_tower.ln_pre
@@ -98,6 +117,7 @@ model.vision_tower.post_layernorm
   mlp.fc1 ; mlp.fc2 ; layer_norm1 ; layer_norm2
 """
 GEMMA3 = Names(
+    VISION_LANGUAGE_ORIGINAL,
     same=f"""
 {VISION_LANGUAGE_ROWS}{_CLIP_TOWER}
 model.vision_tower.head.probe (p) ; model.vision_tower.head.attention.in_proj_weight (p)
@@ -108,6 +128,7 @@ model.multi_modal_projector.mm_input_projection_weight (p) ; model.multi_modal_p
     optional_prefixes=VISION_LANGUAGE_PREFIXES,
 )
 LLAVA = Names(
+    VISION_LANGUAGE_ORIGINAL,
     same=f"""
 {VISION_LANGUAGE_ROWS}{_CLIP_TOWER}
 model.vision_tower.embeddings.class_embedding (p) ; model.vision_tower.pre_layrnorm

@@ -41,17 +41,27 @@ face_encoder.conv2.conv -> face_encoder.conv2 ; face_encoder.conv3.conv -> face_
 [face_adapter.fuser_blocks.{i} -> face_adapter.{i}]
   linear1_q -> to_q ; linear1_kv -> to_k | to_v ; linear2 -> to_out ; q_norm -> norm_q ; k_norm -> norm_k
 """
+# Animate's face encoder; diffusers counts its blocks from 0.
+MOTION = """
+[motion_encoder.enc -> motion_encoder]
+  net_app.convs.0.0 -> conv_in ; net_app.convs.8 -> conv_out ; fc.{i} -> motion_network.{i}
+""" + "".join(
+    f"""
+[motion_encoder.enc.net_app.convs.{block + 1} -> motion_encoder.res_blocks.{block}]
+  conv1.0 -> conv1 ; conv2.1 -> conv2 ; skip.1 -> conv_skip
+"""
+    for block in range(7)
+)
 
 TRANSFORMER = Names(
-    ROWS + IMAGE + HEAD + VACE + ANIMATE,
+    ROWS + IMAGE + HEAD + VACE + ANIMATE + MOTION,
     same="""
 patch_embedding ; condition_embedder.image_embedder.pos_embed (p) ; vace_patch_embedding ; pose_patch_embedding
-motion_encoder.motion_synthesis_weight (p) ; motion_encoder.conv_in ; motion_encoder.conv_in.act_fn
-motion_encoder.conv_out ; motion_encoder.motion_network.{i} ; face_encoder.padding_tokens (p)
+motion_encoder.motion_synthesis_weight (p) ; motion_encoder.conv_in.act_fn ; face_encoder.padding_tokens (p)
 face_encoder.out_proj ; condition_embedder.delta_embedder.linear_1 ; condition_embedder.delta_embedder.linear_2
 far_patch_embedding
 [motion_encoder.res_blocks.{i}]
-  conv1 ; conv1.act_fn ; conv2 ; conv2.act_fn ; conv_skip
+  conv1.act_fn ; conv2.act_fn
 """,
     absent=(
         "condition_embedder.image_embedder.**",
@@ -70,10 +80,13 @@ far_patch_embedding
     ),
 )
 
+FRAME_RATE = """
+fps_projection.0 -> fps_projection.net.0.proj ; fps_projection.2 -> fps_projection.net.2
+"""
 SKYREELS2_TRANSFORMER = Names(
-    ROWS + IMAGE + HEAD,
+    ROWS + IMAGE + HEAD + FRAME_RATE,
     same="""
-patch_embedding ; fps_embedding ; fps_projection.net.0.proj ; fps_projection.net.2
+patch_embedding ; fps_embedding
 """,
     absent=(
         "condition_embedder.image_embedder.**",

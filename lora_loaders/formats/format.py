@@ -26,6 +26,8 @@ class Format:
         alpha: where alpha lives: a tensor a module, the header's metadata, or multiplied into the up factor.
         algebras: kinds of delta that it has words for.
         slots: suffixes that differ from the style's.
+        core_style: suffixes of a module with a Tucker core, which ComfyUI looks for beside kohya's factors alone.
+        tells_shape: whether `reshape_weight` says that an input is widened, as ComfyUI has to be told.
         prefixes: prefixes by which it is known when read, "" for none at all.
     """
 
@@ -40,3 +42,5 @@ class Format:
     algebras: frozenset[str] = ALL_ALGEBRAS
     slots: Mapping[str, str] = field(default_factory=dict[str, str])
     magnitude: Literal["any", "out"] = "any"
+    core_style: Style | None = None
+    tells_shape: bool = False

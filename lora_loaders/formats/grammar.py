@@ -133,32 +133,12 @@ PREFIXES: Mapping[str, str] = {
     **{f"text_encoder_{n}.": f"text_encoder_{n}" for n in (2, 3, 4)},
     "lora_text_encoder_": "te1",
     **{f"lora_text_encoder_{n}_": f"te{n}" for n in (2, 3, 4)},
-    **{
-        f"text_encoders.{name}.transformer.": f"encoder:{name}"
-        for name in (
-            *(
-                "clip_l",
-                "clip_g",
-                "clip_h",
-                "t5xxl",
-                "umt5xxl",
-                "pile_t5xl",
-                "byt5_small",
-                "llama",
-                "gemma2_2b",
-                "gemma3_12b",
-                "gemma",
-                "mistral3_24b",
-                "qwen25_7b",
-                "qwen3_4b",
-                "qwen3_06b",
-            ),
-        )
-    },
     "clip_l.": "encoder:clip_l",
     "clip_g.": "encoder:clip_g",
     "t5.": "encoder:t5xxl",
 }
+# ComfyUI's, of any encoder.
+ENCODER_PREFIX = re.compile(r"text_encoders\.(\w+)\.transformer\.")
 _BY_LENGTH = sorted(PREFIXES, key=len, reverse=True)
 _FIRST = frozenset(prefix[0] for prefix in PREFIXES)
 
@@ -207,10 +187,11 @@ def split_prefix(name: str) -> tuple[str, str, str]:
     """
     first = component = ""
     while name and name[0] in _FIRST:
-        prefix = next((prefix for prefix in _BY_LENGTH if name.startswith(prefix)), None)
+        encoder = ENCODER_PREFIX.match(name)
+        prefix = encoder[0] if encoder else next((prefix for prefix in _BY_LENGTH if name.startswith(prefix)), None)
         if prefix is None:
             break
-        first, component = first or prefix, component or PREFIXES[prefix]
+        first, component = first or prefix, component or (f"encoder:{encoder[1]}" if encoder else PREFIXES[prefix])
         name = name[len(prefix) :]
     return first, component, name
 

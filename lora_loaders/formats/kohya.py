@@ -10,6 +10,7 @@ KOHYA = Format(
     text_encoder="lora_te{number}_",
     prefixes=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_unet_"),
     flat=True,
+    tells_shape=True,
 )
 ONETRAINER = Format(
     name="onetrainer",
@@ -19,6 +20,7 @@ ONETRAINER = Format(
     text_encoder="lora_te{number}_",
     prefixes=("lora_transformer_", "lora_prior_unet_", "lora_prior_"),
     flat=True,
+    tells_shape=True,
 )
 LYCORIS = Format(
     name="lycoris",
@@ -28,4 +30,5 @@ LYCORIS = Format(
     text_encoder=None,
     prefixes=("lycoris_",),
     flat=True,
+    tells_shape=True,
 )

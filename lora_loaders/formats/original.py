@@ -10,6 +10,8 @@ ORIGINAL = Format(
     text_encoder="text_encoders.{encoder}.transformer.",
     prefixes=("diffusion_model.", "model.diffusion_model.", "net.", "conditional_transformer."),
     slots={"magnitude": ".dora_scale"},
+    core_style="kohya",
+    tells_shape=True,
 )
 # BFL's own Control files: no prefix, bias on the up factor, replaced norm scales.
 BFL = Format(

@@ -50,7 +50,7 @@ def layers_to_adapter(options: Mapping[str, Any]) -> Adapter | None:
         adapter = parse(Contents(named, label=f"{key}=…"), families=())
         found = {u.name: u.delta for u in adapter.unresolved if u.delta is not None}
         # No family's table resolved these names, so the configuration's alpha has not met them yet.
-        scalings = Scalings.of({}, config)
+        scalings = Scalings.of({}, config, f"{component}{METADATA}=…")
         deltas[component] = {
             path: scalings.apply(delta, component, path, given=delta.alpha_value is not None)
             for path, delta in found.items()

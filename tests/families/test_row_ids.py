@@ -53,8 +53,8 @@ class Case:
         return self.label
 
 
-# Animate's motion encoder is a plain convolutional net that nobody adapts: it has diffusers' names only.
-MOTION = re.compile(r"motion_encoder\..*|face_encoder\.padding_tokens")
+# Activations' biases and raw parameters of Animate's encoders, which nobody adapts: they have diffusers' names only.
+MOTION = re.compile(r"motion_encoder\.(.*act_fn|motion_synthesis_weight)|face_encoder\.padding_tokens")
 # The single-file converter forgets LTX-2.3's prompt modulation; diffusers' LoRA converter renames it as the table does.
 PROMPT = re.compile(r"(audio_)?prompt_adaln\..*")
 WAN = "convert_wan_transformer_to_diffusers"
@@ -90,8 +90,8 @@ CASES = (
     Case("auraflow", "convert_auraflow_transformer_checkpoint_to_diffusers"),
     Case("sana", "convert_sana_transformer_to_diffusers", extra=("pos_embed", "y_embedder.y_embedding")),
     Case("mochi", "convert_mochi_transformer_checkpoint_to_diffusers"),
-    Case("cascade-c", "convert_stable_cascade_unet_single_file_to_diffusers"),
-    Case("cascade-b", "convert_stable_cascade_unet_single_file_to_diffusers"),
+    Case("cascade-c", "convert_stable_cascade_unet_single_file_to_diffusers", dialect="trainer"),
+    Case("cascade-b", "convert_stable_cascade_unet_single_file_to_diffusers", dialect="trainer"),
 )
 
 

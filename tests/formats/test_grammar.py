@@ -162,3 +162,10 @@ def test_numbered_files_are_told_from_named_ones() -> None:
     assert set(left) == {"<s1>"}
     assert formats.read_modules(["unet:0:up", "unet.conv_in.lora_A.weight"])[2] != "indexed"
     assert formats.read_modules([]) == ([], {}, "unknown")
+
+
+@pytest.mark.parametrize("encoder", ["clip_l", "qwen3_8b", "gemma3_4b", "one_to_come"])
+def test_any_encoder_of_comfyui_is_told_by_its_prefix(encoder: str) -> None:
+    key = split_key(f"text_encoders.{encoder}.transformer.model.layers.0.mlp.up_proj.lora_A.weight")
+    assert key is not None
+    assert (key.component, key.name, key.slot) == (f"encoder:{encoder}", "model.layers.0.mlp.up_proj", "down")
