@@ -1,6 +1,6 @@
 """AdapterLayer: the module that carries adapters. It calls its base layer, so its hooks and kernels still work."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -18,6 +18,7 @@ from .kinds import LINEAR, Kind
 from .peft_names import PeftNames
 from .places import blank
 from .shared import Shared
+from .slot_buffers import SlotBuffers
 from .store import AdapterStore
 
 # A loop inside the interpreter takes a third of one in Python, and each switch and each forward asks every parameter.
@@ -26,7 +27,7 @@ PLAIN = {"down", "up"}
 """The tensors of an adapter that is nothing but a product."""
 
 
-class AdapterLayer(PeftNames, AdapterStore):
+class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
     """A base layer and the adapters on it.
 
     The forward sees one *slot*: the active adapters stacked to a single pair of factors with their scales folded in
@@ -52,22 +53,8 @@ class AdapterLayer(PeftNames, AdapterStore):
     _stale: bool
     _known: dict[str, Contribution]
     base_layer: nn.Module
-    slot_down: Tensor | None
-    slot_up: Tensor | None
-    slot_in_gain: Tensor | None
-    slot_out_gain: Tensor | None
-    slot_bias: Tensor | None
-    slot_first: Tensor | None
-    slot_second: Tensor | None
-    slot_start: int = 0  # of the Kronecker product's rows the first that is the layer's
-    slot_dense: Tensor | None
     computed: tuple[tuple[str, float], ...]
     """Adapters, with their weights, whose ΔW is computed in each forward, since keeping it takes too much memory."""
-
-    SLOTS = (
-        *("slot_down", "slot_up", "slot_in_gain", "slot_out_gain", "slot_bias"),
-        *("slot_first", "slot_second", "slot_dense"),
-    )
 
     def __init__(self, base_layer: nn.Module, kind: Kind, shared: Shared) -> None:
         # Past nn.Module's __setattr__ and register_buffer, which take as long as all the rest of this.
@@ -132,31 +119,6 @@ class AdapterLayer(PeftNames, AdapterStore):
         vars(self)["weights"] = weights
 
     # State
-
-    @property
-    def filled(self) -> Collection[str]:
-        """The buffers that hold something."""
-        return self._non_persistent_buffers_set
-
-    def set_slot(self, slot: str, value: Tensor | None) -> None:
-        """Put a buffer in a slot; empty ones are not listed, since accelerate expects a tensor behind every name."""
-        self.clear_slots((slot,))
-        if value is not None:
-            self._buffers[slot] = value
-            self._non_persistent_buffers_set.add(slot)
-
-    def clear_slots(self, slots: Sequence[str]) -> None:
-        """Empty these slots."""
-        self._buffers.update(dict.fromkeys(slots))
-        self._non_persistent_buffers_set.difference_update(slots)
-
-    def take_slot(self, down: Tensor | None, up: Tensor | None) -> None:
-        """Let the low-rank slot be these, or let go of it."""
-        if down is None and up is None:
-            self.clear_slots(("slot_down", "slot_up"))
-        else:
-            self.set_slot("slot_down", down)
-            self.set_slot("slot_up", up)
 
     @property
     def contributing(self) -> list[tuple[str, float]]:
