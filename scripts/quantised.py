@@ -103,8 +103,10 @@ def lora_file(model: nn.Module, seed: int, scale: float = 0.02) -> dict[str, Ten
 
 
 def by_config(make: Callable[[], Any], folder: Path, device: torch.device) -> nn.Module:
+    # On the device from the start: some kernels that pack weights have no counterpart on the CPU.
+    place = {} if device.type == "cpu" else {"device_map": device.type}
     model = diffusers.FluxTransformer2DModel.from_pretrained(
-        folder, quantization_config=make(), torch_dtype=torch.bfloat16
+        folder, quantization_config=make(), torch_dtype=torch.bfloat16, **place
     )
     return model if next(model.parameters()).device.type == device.type else model.to(device)
 

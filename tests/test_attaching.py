@@ -130,9 +130,9 @@ STEPS = [
     (AdapterLayer, "__init__", 40),
     (AdapterLayer, "add", 1),
     (AdapterLayer, "add", 88),
-    (nn, "Parameter", 1),
-    (nn, "Parameter", 2),
-    (nn, "Parameter", 101),
+    (torch.Tensor, "_make_subclass", 1),  # which each parameter is made by
+    (torch.Tensor, "_make_subclass", 2),
+    (torch.Tensor, "_make_subclass", 101),
     (attaching, "_settled", 1),
     (attaching, "refresh", 1),
     (torch, "_foreach_copy_", 1),

@@ -251,3 +251,45 @@ def test_a_gguf_kind_that_the_package_cannot_write_is_refused_and_nothing_is_cha
 
 def test_every_backend_of_the_script_is_tested_here_or_needs_a_gpu(script: ModuleType) -> None:
     assert {backend.name for backend in script.BACKENDS if not backend.cuda_only} == set(BACKENDS)
+
+
+class Packed(Tensor):
+    """Stored by columns and only multiplied with, as kernels' own layouts are: it has no `dequantize`."""
+
+    columns: Tensor
+
+    @staticmethod
+    def __new__(cls, columns: Tensor) -> "Packed":
+        self = Tensor._make_wrapper_subclass(cls, columns.shape[::-1], dtype=columns.dtype)
+        self.columns = columns
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["columns"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> "Packed":
+        return Packed(inner["columns"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return args[0] @ args[1].columns
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Packed(args[0].columns)
+        raise NotImplementedError(f"{func} of a packed weight")
+
+
+def test_a_weight_that_can_only_be_multiplied_with_is_read_by_multiplying() -> None:
+    layer: Any = nn.Linear(4, 3, bias=False)
+    weight = torch.randn(3, 4)
+    layer.weight = nn.Parameter(Packed(weight.t().contiguous()), requires_grad=False)
+
+    assert torch.equal(read_weight(layer), weight)
+
+    with pytest.raises(UnsupportedBaseError, match="Packed"):
+        rewrite(layer, weight)

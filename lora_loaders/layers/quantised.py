@@ -262,7 +262,7 @@ def _dequantise_subclass(base: Any, stored: Stored) -> Tensor:
     weight = _with_leaves(base.weight, stored)
     if type(weight).__name__ == "Int8Tensor":
         return weight.dequantize(torch.float32)  # its layers scale the product in float32
-    if hasattr(weight, "dequantize"):
+    if type(weight).dequantize is not Tensor.dequantize:  # which is for torch's own quantised tensors
         return weight.dequantize().float()
     # Kernels' own layouts give their weight away only by multiplying with it.
     ones = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -341,6 +341,7 @@ REQUANTISERS: Mapping[str, Callable[[Any, Any, Tensor], Any]] = {
     "Int4PreshuffledTensor": _int4_tensor,
     "Int4PlainInt32Tensor": _int4_tensor,
     "WeightQBytesTensor": _quanto,
+    "MarlinF8QBytesTensor": _quanto,
     "WeightQBitsTensor": _quanto,
     "TinyGemmWeightQBitsTensor": _quanto,
     "AWQWeightQBitsTensor": _quanto,
