@@ -117,7 +117,11 @@ model.vision_tower.post_layernorm
   mlp.fc1 ; mlp.fc2 ; layer_norm1 ; layer_norm2
 """
 GEMMA3 = Names(
-    VISION_LANGUAGE_ORIGINAL,
+    f"""
+{VISION_LANGUAGE_ORIGINAL}
+[multi_modal_projector -> model.multi_modal_projector]
+  mm_input_projection_weight (p) ; mm_soft_emb_norm
+""",
     same=f"""
 {VISION_LANGUAGE_ROWS}{_CLIP_TOWER}
 model.vision_tower.head.probe (p) ; model.vision_tower.head.attention.in_proj_weight (p)
