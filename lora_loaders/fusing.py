@@ -25,11 +25,11 @@ from .fuse_report import FuseReport, fuse_report
 from .gates import changing, exclusive
 from .joining import follow_parts
 from .layers.base_weight import adapter_dtype, is_plain, read_weight, restore, rewrite
-from .layers.held import held, is_out_of_reach
+from .layers.held import held, is_out_of_reach, parameter_of
 from .layers.layer import AdapterLayer
 from .layers.quantised import unsupported
 from .layers.slots import refresh
-from .layout import adapter_layers, shared_of
+from .layout import adapter_layers, every_module, shared_of
 from .records import Fused, Originals, checksum_of, originals_of
 
 logger = logging.getLogger(__name__)
@@ -48,13 +48,14 @@ def fuse(
 
     Args:
         model: the model.
-        names: adapters to fuse, the active ones if None.
+        names: adapters to fuse; the active ones if None, also while they are disabled.
         lora_scale: factor beside each adapter's own weight.
         safe_fusing: refuse if any fused weight would hold NaN or infinity.
 
     Raises:
         AdapterStateError: an unknown name, or `safe_fusing` met NaN or infinity.
-        UnsupportedBaseError: a base weight that cannot be written; nothing is fused then.
+        UnsupportedBaseError: a base weight that cannot be written, or that is another module's too; nothing is fused
+            then.
     """
     layers = [layer for _, layer in adapter_layers(model)]
     _check_names(layers, names)
@@ -65,6 +66,7 @@ def fuse(
         new = {name: layer.weights[name] * lora_scale for name in chosen if name in layer.templates}
         if new:
             wanted.append((layer, {**(layer.fused.coefficients if layer.fused else {}), **new}))
+    _check_tied(model, [layer for layer, _ in wanted])
     _rewrite(wanted, safe_fusing)
     follow_parts(model)
     report = fuse_report(layer for layer, _ in wanted)
@@ -147,6 +149,34 @@ def _check_schedules(model: nn.Module, layers: Sequence[AdapterLayer], names: Se
         raise AdapterStateError(
             f"the weight of {', '.join(scheduled)} follows the denoising; what is fused holds one number",
             mend=f"Call set_adapters({scheduled[0]!r}, <number>) first.",
+            state="Nothing was fused.",
+        )
+
+
+def _check_tied(model: nn.Module, layers: Sequence[AdapterLayer]) -> None:
+    """Raise where a weight belongs to two modules: what is fused for one would change the other.
+
+    Raises:
+        UnsupportedBaseError: it does.
+    """
+    owners: dict[int, set[int]] = {}
+    for module in every_module(model, adapters=False):
+        weight = parameter_of(module, "weight")
+        if weight is not None and not isinstance(module, AdapterLayer):
+            owners.setdefault(id(weight), set()).add(id(module))
+    tied = {
+        id(weight)
+        for layer in layers
+        if len(owners.get(id(weight := parameter_of(layer.base_layer, "weight")), ())) > 1
+    }
+    if tied:
+        paths = [
+            path for path, module in model.named_modules() if id(vars(module)["_parameters"].get("weight")) in tied
+        ]
+        raise UnsupportedBaseError(
+            "a weight that belongs to several modules cannot be fused into for one of them",
+            problems=paths,
+            mend="Use the adapter unfused, or give each of these modules a weight of its own.",
             state="Nothing was fused.",
         )
 

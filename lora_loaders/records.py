@@ -69,10 +69,13 @@ class Fused:
         """The error for a weight that gives another checksum."""
         kept = self.copy if self.copy is not None else self.values
         if kept is not None and kept.dtype != weight.dtype:
+            is_whole = torch.promote_types(kept.dtype, weight.dtype) == weight.dtype
             return AdapterStateError(
                 f"a weight was fused in {kept.dtype} and is {weight.dtype} now, where what was added cannot be told "
                 "exactly",
-                mend=f"Call .to({kept.dtype}) first; every bit can still come back.",
+                mend=f"Call .to({kept.dtype}) first; every bit can still come back."
+                if is_whole
+                else "The cast has lost bits for good: load the model's own weights again, and unfuse before casting.",
                 state="Nothing was unfused.",
             )
         return AdapterStateError(

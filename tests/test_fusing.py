@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import Made, adapter_file, bits, changed_bits, components_of, photograph, pipeline, render
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lora_loaders as ll
 from lora_loaders import fusing, records
@@ -641,3 +642,59 @@ def test_what_is_kept_for_unfusing_never_takes_more_than_a_copy_of_the_weights(
     assert sum(memories.values()) <= sum(tensor.nbytes for tensor in before.values())
     model.unfuse_lora()
     assert changed_bits(before, model) == []
+
+
+class Tied(nn.Module):
+    """Two layers over one weight, as T5's embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.b.weight = self.a.weight
+
+
+def test_a_weight_of_two_modules_is_not_fused_into_for_one_of_them() -> None:
+    model: Any = ll.attach(Tied())
+    torch.manual_seed(0)
+    tensors = {f"{m}.lora_{side}.weight": torch.randn(8, 8) for m in "ac" for side in "AB"}
+    model.load_lora_adapter(tensors, prefix=None, adapter_name="x")
+    before = bits(model)
+
+    with pytest.raises(ll.UnsupportedBaseError, match="several modules") as caught:
+        model.fuse_lora()
+
+    assert list(caught.value.problems) == ["a.base_layer", "b"]
+    assert changed_bits(before, model) == []
+    model.delete_adapters("x")
+    model.load_lora_adapter({k: v for k, v in tensors.items() if k[0] == "c"}, prefix=None, adapter_name="c")
+    model.fuse_lora()
+    assert changed_bits(before, model) == ["c.weight"]
+    model.unfuse_lora()
+    assert changed_bits(before, model) == []
+
+
+def test_unfusing_after_a_narrowing_cast_promises_nothing(pipe: Any, files: dict[str, Made]) -> None:
+    pipe.load_lora_weights(files["c"].tensors, "c")
+    pipe.fuse_lora(components=["unet"])
+    pipe.unet.to(torch.bfloat16)
+    with pytest.raises(ll.AdapterStateError, match="lost bits for good"):
+        pipe.unfuse_lora(components=["unet"])
+
+
+def test_a_pruned_factor_is_switched_and_fused_as_it_is_pruned() -> None:
+    torch.manual_seed(0)
+    model: Any = ll.attach(nn.ModuleDict({"l": nn.Linear(16, 16, bias=False)}))
+    model.load_lora_adapter(
+        {"l.lora_A.weight": torch.randn(4, 16), "l.lora_B.weight": torch.randn(16, 4)}, prefix=None, adapter_name="x"
+    )
+    layer, x = model["l"], torch.randn(2, 16)
+    prune.l1_unstructured(layer.lora_A["x"], "weight", 0.5)
+
+    model.set_adapters("x", 0.5)
+
+    down, up = layer.lora_A["x"].weight, layer.lora_B["x"].weight
+    assert int((down == 0).sum()) == 32
+    expected = x @ (layer.base_layer.weight + 0.5 * up @ down).t()
+    torch.testing.assert_close(layer(x), expected)
+    model.fuse_lora()
+    torch.testing.assert_close(layer(x), expected)

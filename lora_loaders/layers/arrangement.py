@@ -12,7 +12,7 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_loaders.deltas import Factors
 
@@ -47,7 +47,7 @@ class Arrangement:
     """
 
     layers: list[AdapterLayer]
-    watched: list[tuple[nn.Parameter, ...]]
+    watched: list[tuple[Tensor, ...]]
     holders: list[Mapping[str, Tensor | None]]
     parameters: list[Tensor]
     devices: list[torch.device]

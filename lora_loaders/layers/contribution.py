@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_loaders.deltas import Delta, Factors
 
@@ -17,7 +17,7 @@ class Contribution(NamedTuple):
     delta: Delta
     factors: Factors | None
     """The change as factors in the layer's shapes, None where it has no such form here."""
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
     """Those whose writes torch counts; tensors made in inference mode have no counter."""
     holders: tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]] | None = None
     """Where down and up of a plain product are held; None where the change is more than that."""
@@ -29,6 +29,6 @@ class Contribution(NamedTuple):
         return (
             holders is not None
             and factors is not None
-            and holders[0]["weight"] is factors.down
-            and holders[1]["weight"] is factors.up
+            and holders[0].get("weight") is factors.down
+            and holders[1].get("weight") is factors.up
         )

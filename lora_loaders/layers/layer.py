@@ -47,7 +47,7 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
     active: tuple[str, ...]
     fused: Any
     narrow_bases: tuple[nn.Module, ...]  # the base before widening; in a tuple it is no submodule
-    _trained: Sequence[nn.Parameter]
+    _trained: Sequence[Tensor]
     _trains: bool
     _versions: int
     _stale: bool
@@ -137,7 +137,7 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
         The parameters are remembered: one that requires a gradient sends the forward past the slot.
         """
         terms: list[Term] = []
-        parameters: list[nn.Parameter] = []
+        parameters: list[Tensor] = []
         plain = True
         for name, weight in self.contributing:
             known = self._known.get(name)
@@ -149,7 +149,7 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
         self.note_written(parameters, any(map(_REQUIRES_GRAD, parameters)))
         return terms, plain
 
-    def note_written(self, parameters: Sequence[nn.Parameter], trains: bool) -> None:
+    def note_written(self, parameters: Sequence[Tensor], trains: bool) -> None:
         """Remember what the slot was written from: the forward looks whether they have changed since."""
         state = vars(self)
         state["_trained"], state["_trains"] = parameters, trains
@@ -164,7 +164,9 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
     def _contribution_of(self, name: str, raw: Mapping[str, Tensor]) -> Contribution:
         delta = self._delta(name, raw)
         factors = self.factors(delta)
-        parameters = tuple([t for t in raw.values() if isinstance(t, nn.Parameter) and not t.is_inference()])
+        parameters = tuple(
+            [t for t in raw.values() if (type(t) is nn.Parameter or t.requires_grad) and not t.is_inference()]
+        )
         if factors is None or set(raw) != PLAIN or factors.down is not raw["down"] or factors.up is not raw["up"]:
             return Contribution(delta, factors, parameters)
         stored: dict[str, Any] = self._modules
@@ -275,7 +277,11 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
         return not (self._is_trained() or self._is_behind())
 
     def _edits(self) -> int:
-        """How often the contributing parameters were written in place (EMA, scaling by hand): the slot is a copy."""
+        """How often the contributing parameters were written in place: the slot is a copy.
+
+        Torch does not count writes through `.data`, and another parameter in its place is not looked for: both show at
+        the next switch, and at once where parameters are trained.
+        """
         return sum(map(_VERSION, self._trained))
 
     def _rewrite_slot(self) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from lora_loaders.deltas import Delta
 from lora_loaders.deltas.rows import fused_of
 
-from .held import held
+from .held import held, parameter_of
 from .places import Factor, FactorDict, is_transposed, place_of
 from .shared import Shared
 
@@ -102,7 +102,7 @@ class AdapterStore(nn.Module):
             container, leaf = place_of(template, slot)
             entries: Any = self._modules[container]
             owner, key = (entries._modules[name], leaf) if leaf else (entries, name)
-            tensor = owner._parameters[key]
+            tensor = parameter_of(owner, key)  # an attribute, where torch prunes or parametrizes it
             tensors[slot] = held(owner, key) if tensor.is_meta else tensor
         return tensors
 

@@ -299,12 +299,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             components: which models; all that have adapters if None.
             lora_scale: factor beside each adapter's own weight.
             safe_fusing: refuse if any fused weight would hold NaN or infinity.
-            adapter_names: adapters to fuse, the active ones if None.
+            adapter_names: adapters to fuse; the active ones if None, also while they are disabled.
             deprecated: `fuse_unet` and its like, of which diffusers warns, and which change nothing.
 
         Raises:
             AdapterStateError: an unknown component or name, or `safe_fusing` met NaN; nothing is fused then.
-            UnsupportedBaseError: a base weight that cannot be written; nothing is fused then.
+            UnsupportedBaseError: a base weight that cannot be written, or is another module's too; nothing is fused.
         """
         warn_deprecated("fuse_lora", "fuse_", deprecated)
         models = self._chosen(components)
