@@ -184,6 +184,8 @@ class Gate:
         """
         with self._condition:
             uses = self._scaled.get(threading.get_ident(), [])
+            if len(uses) > 1 and depth < 0:
+                self.drop_interrupted(entering=False)
             if not uses[depth:]:  # forgotten since
                 return 1.0
             outer, _ = uses[depth]

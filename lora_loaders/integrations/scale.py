@@ -58,9 +58,8 @@ def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
         # Traced as a whole, the scale stays within the graph: nothing is left of it outside, whatever happens.
         shared.traced = given if given is not None else shared.traced
     elif shared is not None:
-        _drop_interrupted(model, shared, entering=True)
         # A text encoder runs several times within one scaled `encode_prompt`: what holds there holds without a word.
-        _enter(model, shared, shared.scale if given is None else float(given), is_forward=True)
+        _enter(model, shared, None if given is None else float(given), is_forward=True)
     if spelling is None:
         return None
     rest = {key: value for key, value in kwargs[spelling].items() if key != "scale"}
@@ -73,22 +72,17 @@ def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
     if shared is not None and torch.compiler.is_compiling() and not shared.parameters:
         shared.traced = None
     elif not torch.compiler.is_compiling():
-        if shared is not None:
-            _drop_interrupted(model, shared, entering=False)
         _leave(model, shared)
 
 
-def _drop_interrupted(model: nn.Module, shared: Shared, *, entering: bool) -> None:
-    """This thread's scale as it was before forwards that were interrupted, whose hooks torch did not run."""
-    before = gate_of(model).drop_interrupted(entering=entering)
-    if before is not None:
-        shared.scale = before
-
-
-def _enter(model: nn.Module, shared: Shared, scale: float, *, is_forward: bool = False) -> int:
-    outer, shared.scale = shared.scale, scale
-    is_common = partial(_is_common, model, shared)
-    return gate_of(model).enter_scale(scale, outer, partial(_write, shared), is_common, is_forward=is_forward)
+def _enter(model: nn.Module, shared: Shared, scale: float | None, *, is_forward: bool = False) -> int:
+    gate = gate_of(model)
+    before = gate.drop_interrupted(entering=is_forward)
+    outer = shared.scale if before is None else before
+    shared.scale = scale = outer if scale is None else scale
+    return gate.enter_scale(
+        scale, outer, partial(_write, shared), partial(_is_common, model, shared), is_forward=is_forward
+    )
 
 
 def _leave(model: nn.Module, shared: Shared | None, depth: int = -1) -> None:
@@ -133,7 +127,6 @@ def scaled(models: Iterable[nn.Module], scale: float) -> Generator[None]:
         for model in ordered:
             shared = shared_of(model)
             if shared is not None:
-                _drop_interrupted(model, shared, entering=False)
                 stack.callback(_leave, model, shared, _enter(model, shared, scale))
         yield
 
