@@ -9,7 +9,6 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,14 +21,23 @@ from .lazy import FileTensor, SourceFile, Span, bytes_of, form_of, pieces_of, wr
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, locate
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SMALL_FLOATS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+SMALL_FLOATS = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPES: Mapping[str, torch.dtype] = FLOATS | SMALL_FLOATS | INTEGERS | {"BOOL": torch.bool}
+UNSIGNED = {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16}
+OTHERS = {"BOOL": torch.bool, "C64": torch.complex64}
+DTYPES: Mapping[str, torch.dtype] = FLOATS | SMALL_FLOATS | INTEGERS | UNSIGNED | OTHERS
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 8 << 20
 MAX_HEADER = 100 << 20
-CLAIMS = (b'"dtype"', b'"shape"', b'"data_offsets"')
-"""What stands in a header once for each tensor; where one stands there more often, something may be named twice."""
+LARGEST = (1 << 63) - 1
+"""What a size or a stride of a tensor can be at most."""
+STRINGS = 5
+"""How many strings a header has for each tensor: its name, those of three claims, and the dtype."""
 _UMASK = threading.Lock()
 
 
@@ -162,37 +170,62 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         if size < 8 or length > size - 8:
             raise refuse(f"{size} bytes, too short for its header of {length} bytes" if size else "an empty file")
         try:
-            text = file.read(length)
-            header = json.loads(text)
-            if any(text.count(word) != len(header) - text.count(b'"__metadata__"') for word in CLAIMS):
+            text = file.read(length).decode()
+            header = json.loads(text, parse_constant=_no_constant)
+            count = len(header)
+            metadata: Any = header.pop("__metadata__", None)
+            _check_metadata(metadata)
+            expected = count + (STRINGS - 1) * len(header) + 2 * len(metadata or ())
+            if _strings_in(text) != expected:  # a string was lost to another of its name, or there are other claims
                 json.loads(text, object_pairs_hook=unique)  # as slow as all the rest, and rarely needed
-            metadata: Any = header.pop("__metadata__", {})
-            if not isinstance(metadata, dict):
-                raise TypeError(f"__metadata__ is a {type(metadata).__name__}, no table")
+            if "\\u" in text:
+                json.dumps(header, ensure_ascii=False).encode()  # fails where half a character is spelled out
             entries = {name: _entry(name, claim) for name, claim in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, MalformedAdapterError):
                 raise
             raise refuse(f"the header is no safetensors header ({error})") from error
+    stop, before = 0, "the header"
+    for start, after, name in sorted((entry.start, entry.stop, name) for name, entry in entries.items()):
+        if start != stop:
+            raise refuse(f"{before} and {name} {'overlap' if start < stop else 'have a gap between them'}")
+        stop, before = after, name
     end = 8 + length
-    spans = sorted((entry.start, entry.stop, name) for name, entry in entries.items())
-    for (_, stop, name), (start, _, after) in pairwise(spans):
-        if start < stop:
-            raise refuse(f"{name} and {after} overlap")
-    if spans and end + max(stop for _, stop, _ in spans) != size:
-        promised = end + max(stop for _, stop, _ in spans)
-        raise refuse(f"the header promises {promised} bytes, the file has {size}")
-    return entries, {str(key): str(value) for key, value in metadata.items()}, end
+    if end + stop != size:
+        raise refuse(f"the header promises {end + stop} bytes, the file has {size}")
+    return entries, metadata or {}, end
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _strings_in(text: str) -> int:
+    """How many strings a JSON text has, by its quotation marks; those within strings have a backslash."""
+    escaped = text.replace("\\\\", "").count('\\"') if "\\" in text else 0
+    return (text.count('"') - escaped) // 2
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict | None):
+        raise TypeError(f"__metadata__ is a {type(metadata).__name__}, no table")
+    wrong = [key for key, value in (metadata or {}).items() if not isinstance(value, str)]
+    if wrong:
+        raise TypeError(f"metadata are strings, and {', '.join(wrong[:3])} is none")
 
 
 def _entry(name: str, claim: Mapping[str, Any]) -> Entry:
     if claim["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {claim['dtype']!r}")
-    dtype, shape = DTYPES[claim["dtype"]], tuple(map(int, claim["shape"]))
-    start, stop = map(int, claim["data_offsets"])
+    dtype, shape, offsets = DTYPES[claim["dtype"]], claim["shape"], claim["data_offsets"]
+    if type(shape) is not list or {*map(type, shape), *map(type, offsets)} != {int}:  # a bool is an int to isinstance
+        raise TypeError(f"{name} has the shape {shape!r} and the offsets {offsets!r}, which are to be whole numbers")
+    start, stop = offsets
+    if start == stop and math.prod(filter(None, shape)) > LARGEST:  # all others are bounded by the file's size
+        raise ValueError(f"{name} has the shape {shape}, whose sizes are larger than a tensor's can be")
     if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} of shape {list(shape)} and dtype {claim['dtype']} cannot take {stop - start} bytes")
-    return Entry(dtype, shape, start, stop)
+        raise ValueError(f"{name} of shape {shape} and dtype {claim['dtype']} cannot take {stop - start} bytes")
+    return Entry(dtype, tuple(shape), start, stop)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,14 +5,20 @@ are written in place so that compiled graphs never recompile, and a second set o
 forward waits only while a change is being applied; planning happens outside. No lock is stored in the model, so that it
 pickles and copies as before. Compiled code cannot wait: hooks of a compiled model itself see this, those that are
 traced into a graph do nothing.
+
+torch runs no hook after a forward that KeyboardInterrupt, SystemExit or CancelledError ended, or whose thread died. So
+what a forward left is believed only while its call is found on its thread's stack. That is looked up where something
+was left or would be waited for, and costs nothing else.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from types import FrameType
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -20,6 +26,23 @@ from torch import nn
 from .collecting import uncollected
 from .layers.walks import forget, remembered
 from .offloading import in_step
+
+CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
+LOOK_AGAIN = 0.1
+"""Seconds after which one that waits looks whether those it waits for were interrupted: they tell nobody."""
+
+
+def _calls(model: nn.Module | None, frame: FrameType | None) -> int:
+    """How many calls of a model are under way on the stack that ends in this frame."""
+    count = 0
+    while frame is not None:
+        code = frame.f_code
+        # By name: the code of a frame that was compiled in part is another object.
+        if (code.co_name, code.co_filename) == (CALL.co_name, CALL.co_filename):
+            called = frame.f_locals.get("self")
+            count += called is model or getattr(called, "_orig_mod", None) is model
+        frame = frame.f_back
+    return count
 
 
 class Gate:
@@ -29,14 +52,16 @@ class Gate:
     forwards of different scales take turns.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = ref(model)
         self._condition = threading.Condition()
         self._forwards: dict[int, int] = {}
         self._changer: int | None = None
         self._depth = 0
         self._waiting = 0
         self._scale = 1.0
-        self._scaled: dict[int, list[float]] = {}
+        self._scaled: dict[int, list[tuple[float, bool]]] = {}
+        """Thread -> the scale outside of each use of another one, and whether that use is a forward."""
         self.has_bases = False
         """Whether a change is under way for which weights that are kept on disk were read into memory."""
         self.version = 0
@@ -46,6 +71,8 @@ class Gate:
         """Wait for changes by other threads, those that wait too, and hold further ones back."""
         me = threading.get_ident()
         with self._condition:
+            if me in self._forwards and self._own_calls() == 1:  # this one: an earlier one was interrupted
+                del self._forwards[me]
             if self._changer != me and me not in self._forwards:
                 self._condition.wait_for(lambda: self._changer is None and not self._waiting)
             if is_watched():
@@ -69,16 +96,41 @@ class Gate:
             if self._changer != me:
                 self._waiting += 1
                 try:
-                    self._condition.wait_for(lambda: self._changer is None and not self._forwards.keys() - {me})
+                    self._wait_for(lambda: self._changer is None and not self._running(self._forwards))
                 finally:
                     self._waiting -= 1
                     self._condition.notify_all()
                 self._changer = me
             self._depth += 1
 
+    def _wait_for(self, is_free: Callable[[], bool]) -> None:
+        while not self._condition.wait_for(is_free, LOOK_AGAIN):
+            pass
+
+    def _own_calls(self) -> int:
+        return _calls(self._model(), sys._getframe())  # pyright: ignore[reportPrivateUsage]
+
+    def _running(self, threads: Iterable[int]) -> set[int]:
+        """Those of these threads, but for this one, that are within a forward of the model."""
+        others = set(threads) - {threading.get_ident()}
+        frames = sys._current_frames() if others else {}  # pyright: ignore[reportPrivateUsage]
+        return {thread for thread in others if _calls(self._model(), frames.get(thread))}
+
+    def _scaling(self) -> set[int]:
+        """The other threads that use a scale now: in a forward, or around several."""
+        around = {thread for thread, uses in self._scaled.items() if not all(is_forward for _, is_forward in uses)}
+        alive = {thread.ident for thread in threading.enumerate()} if around else set[int | None]()
+        return self._running(self._scaled) | ((around & alive) - {threading.get_ident()})
+
     def enter_scale(
-        self, scale: float, outer: float, write: Callable[[float], None], is_common: Callable[[], bool]
-    ) -> None:
+        self,
+        scale: float,
+        outer: float,
+        write: Callable[[float], None],
+        is_common: Callable[[], bool],
+        *,
+        is_forward: bool,
+    ) -> int:
         """Begin a forward with this scale, or another use of it.
 
         Args:
@@ -86,20 +138,59 @@ class Gate:
             outer: this thread's factor of before.
             write: puts a factor where all threads read it.
             is_common: whether the forward reads it there. Then it waits for other threads' forwards of another scale.
+            is_forward: whether it is one.
+
+        Returns:
+            How many uses this one is within.
         """
         me = threading.get_ident()
         with self._condition:
             # One that holds a scale already must not wait for another that does the same.
             if me not in self._scaled and self._scaled and scale != self._scale and is_common():
-                self._condition.wait_for(lambda: not self._scaled or self._scale == scale)
-            self._scaled.setdefault(me, []).append(outer)
+                self._wait_for(lambda: self._scale == scale or not self._scaling())
+            uses = self._scaled.setdefault(me, [])
+            uses.append((outer, is_forward))
             self._write_scale(scale, write)
+            return len(uses) - 1
 
-    def leave_scale(self) -> float:
-        """The forward is over, or failed: what this thread's scale is again, to be told to `left_scale`."""
+    def drop_interrupted(self, *, entering: bool) -> float | None:
+        """Forget the uses of a scale by forwards of this thread that ended without a word.
+
+        Args:
+            entering: whether the last call on the stack has not told its scale yet.
+
+        Returns:
+            The thread's scale of before them; None if there are none.
+        """
+        me = threading.get_ident()
+        if me not in self._scaled:
+            return None
         with self._condition:
-            outer = self._scaled.get(threading.get_ident())
-            return outer.pop() if outer else 1.0
+            uses, left = self._scaled[me], self._own_calls() - entering
+            for depth, (outer, is_forward) in enumerate(uses):
+                left -= is_forward
+                if left < 0:
+                    del uses[depth:]
+                    if not uses:
+                        del self._scaled[me]
+                    return outer
+        return None
+
+    def leave_scale(self, depth: int = -1) -> float:
+        """The use is over, or failed: what this thread's scale is again, to be told to `left_scale`.
+
+        Args:
+            depth: what `enter_scale` gave; the last one's by default.
+        """
+        with self._condition:
+            uses = self._scaled.get(threading.get_ident(), [])
+            if len(uses) > 1 and depth < 0:
+                self.drop_interrupted(entering=False)
+            if not uses[depth:]:  # forgotten since
+                return 1.0
+            outer, _ = uses[depth]
+            del uses[depth:]
+            return outer
 
     def left_scale(self, scale: float, write: Callable[[float], None]) -> None:
         """What all threads read follows, and those that wait go on."""
@@ -107,8 +198,7 @@ class Gate:
         with self._condition:
             if not self._scaled.get(me):
                 self._scaled.pop(me, None)
-            if me in self._scaled or not self._scaled:
-                self._write_scale(scale, write)
+            self._write_scale(scale, write)
             self._condition.notify_all()
 
     def forget_scale(self) -> None:
@@ -119,7 +209,7 @@ class Gate:
 
     def _write_scale(self, scale: float, write: Callable[[float], None]) -> None:
         """Write it unless another thread's forward reads there, or it stands there already."""
-        if scale != self._scale and not self._scaled.keys() - {threading.get_ident()}:
+        if scale != self._scale and not self._scaling():
             self._scale = scale
             write(scale)
 
@@ -146,7 +236,7 @@ def gate_of(model: nn.Module) -> Gate:
     """The model's gate; a compiled model shares that of the model it was made from."""
     own = getattr(model, "_orig_mod", model)
     with _MAKING:
-        return _GATES.setdefault(own, Gate())
+        return _GATES.get(own) or _GATES.setdefault(own, Gate(own))
 
 
 @contextmanager

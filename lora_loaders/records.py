@@ -46,6 +46,11 @@ class Fused:
     record: Record | None = None
     lost: tuple[Tensor, Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Parts of what many layers share: a pickle or a copy of one layer would hold all of it.
+        apart = {name: kept.clone() if isinstance(kept, Tensor) else kept for name, kept in vars(self).items()}
+        return apart | {"change": None if self.change is None else self.change.apart()}
+
     def original(self, layer: AdapterLayer) -> Tensor:
         """The weight before fusing, on the weight's device; see `originals_of`."""
         if self.record is not None:

@@ -18,6 +18,7 @@ from lora_loaders.errors import AdapterFileError, LoraLoadersError, MalformedAda
 from lora_loaders.files import (
     DTYPES,
     atomic,
+    open_safetensors,
     read,
     read_header,
     read_safetensors,
@@ -70,9 +71,25 @@ LIES: dict[str, tuple[Header | bytes, bytes, str]] = {
     "header is not UTF-8": (b"\xff\xfe\x00", bytes(8), "header"),
     "promises more than there is": ({"a": {**GOOD, "shape": [4], "data_offsets": [0, 16]}}, bytes(8), "promises"),
     "holds more than is promised": ({"a": GOOD}, bytes(12), "promises"),
+    "nothing is promised and something is there": ({}, bytes(8), "promises"),
+    "a gap before the data": ({"a": {**GOOD, "data_offsets": [4, 12]}}, bytes(12), "the header and a have a gap"),
+    "a gap in the data": ({"a": GOOD, "b": {**GOOD, "data_offsets": [12, 20]}}, bytes(20), "a and b have a gap"),
     "tensors overlap": ({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, bytes(12), "a and b overlap"),
     "twice the same span": ({"a": GOOD, "b": GOOD}, bytes(8), "a and b overlap"),
     "key named twice": (f'{{"a": {json.dumps(GOOD)}, "a": {json.dumps(GOOD)}}}'.encode(), bytes(8), "names a twice"),
+    "key named twice, null first": (f'{{"a": null, "a": {json.dumps(GOOD)}}}'.encode(), bytes(8), "names a twice"),
+    "key spelled twice": (f'{{"a": {json.dumps(GOOD)}, "\\u0061": {json.dumps(GOOD)}}}'.encode(), bytes(8), "a twice"),
+    "escapes about a key named twice": (
+        rb'{"__metadata__": {"\\": "\\\"", "x": "1", "x": "\""}}',
+        b"",
+        "names x twice",
+    ),
+    "claim named twice": (
+        b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        bytes(8),
+        "dtype twice",
+    ),
+    "metadata twice": (b'{"__metadata__": null, "__metadata__": {"x": "1"}}', b"", "names __metadata__ twice"),
 }
 
 
@@ -83,6 +100,79 @@ def test_header_that_lies_is_refused_by_name(tmp_path: Path, lie: str) -> None:
     with pytest.raises(MalformedAdapterError, match=word) as caught:
         read_safetensors(path)
     assert_says_all_four(caught.value, "lie.safetensors")
+
+
+def with_text(**claims: str) -> bytes:
+    """A header of one good entry, some claims of which are replaced by this text."""
+    entry = {claim: json.dumps(value) for claim, value in GOOD.items()} | claims
+    return f'{{"a": {{{", ".join(f"{json.dumps(claim)}: {text}" for claim, text in entry.items())}}}}}'.encode()
+
+
+NOTHING = json.dumps([0, 0])
+HEADERS: dict[str, tuple[Header | bytes, bytes]] = {
+    "good": ({"a": GOOD}, bytes(8)),
+    "a scalar": ({"a": {**GOOD, "shape": [], "data_offsets": [0, 4]}}, bytes(4)),
+    "nothing": ({}, b""),
+    "empty tensors": (
+        {n: {**GOOD, "shape": [0], "data_offsets": [at, at]} for n, at in (("b", 0), ("c", 8))} | {"a": GOOD},
+        bytes(8),
+    ),
+    "an empty tensor within another": ({"a": GOOD, "b": {**GOOD, "shape": [0], "data_offsets": [4, 4]}}, bytes(8)),
+    "an empty tensor with a large size": (with_text(shape=f"[0, {2**62}]", data_offsets=NOTHING), b""),
+    "a size beyond a machine word": (with_text(shape=f"[0, {2**70}]", data_offsets=NOTHING), b""),
+    "sizes whose product is": (with_text(shape=f"[{2**62}, {2**62}, 0]", data_offsets=NOTHING), b""),
+    "an infinite size": (with_text(shape="[1e999]"), bytes(8)),
+    "an infinite offset": (with_text(data_offsets="[0, 1e999]"), bytes(8)),
+    "a broken size": (with_text(shape="[2.9]"), bytes(8)),
+    "a size with a point": (with_text(shape="[2.0]"), bytes(8)),
+    "a shape in quotes": (with_text(shape='"2"'), bytes(8)),
+    "an empty string for a scalar's shape": (with_text(shape='""', data_offsets="[0, 4]"), bytes(4)),
+    "a table for a scalar's shape": (with_text(shape="{}", data_offsets="[0, 4]"), bytes(4)),
+    "offsets in quotes": (with_text(data_offsets='["0", "8"]'), bytes(8)),
+    "a boolean size": (with_text(shape="[2, true]"), bytes(8)),
+    "a boolean offset": (with_text(data_offsets="[false, 8]"), bytes(8)),
+    "thousands of digits": (with_text(shape=f"[{'9' * 5000}]"), bytes(8)),
+    "a list for a dtype": (with_text(dtype='["F32"]'), bytes(8)),
+    "one more claim": (with_text(more="[1, null]"), bytes(8)),
+    "one more claim that is no number": (with_text(more="NaN"), bytes(8)),
+    "a claim with an escape": (with_text().replace(b"dtype", rb"\u0064type"), bytes(8)),
+    "a null for a claim": ({"a": None}, b""),
+    "metadata": ({"__metadata__": {"x": "1", "y": '"\\"'}, "a": GOOD}, bytes(8)),
+    "metadata: null": ({"__metadata__": None, "a": GOOD}, bytes(8)),
+    "metadata: a list": ({"__metadata__": [], "a": GOOD}, bytes(8)),
+    "metadata: a number in it": ({"__metadata__": {"x": 1}, "a": GOOD}, bytes(8)),
+    "metadata: a table in it": ({"__metadata__": {"x": {}}, "a": GOOD}, bytes(8)),
+    "metadata: a null in it": ({"__metadata__": {"x": None}, "a": GOOD}, bytes(8)),
+    "brackets without end": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", b""),
+    "half a character": (rb'{"\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', b""),
+    "a character in two halves": (rb'{"\ud83d\ude00": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', b""),
+    "another encoding": (json.dumps({"a": GOOD}).encode("utf-16-le"), bytes(8)),
+    "a mark of byte order": (b"\xef\xbb\xbf" + json.dumps({"a": GOOD}).encode(), bytes(8)),
+    "spaces around": (json.dumps({"a": GOOD}).encode().join([b" ", b"\n\t "]), bytes(8)),
+    "something after it": (json.dumps({"a": GOOD}).encode() + b"\0", bytes(8)),
+    **{dtype: ({"a": {**GOOD, "dtype": dtype, "shape": [8 // DTYPES[dtype].itemsize]}}, bytes(8)) for dtype in DTYPES},
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("reader", [read_safetensors, open_safetensors])
+def test_what_safetensors_reads_is_read_and_what_it_refuses_is_refused(
+    tmp_path: Path, header: str, reader: Any
+) -> None:
+    path = raw_file(tmp_path / "odd.safetensors", *HEADERS[header])
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            expected, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError:
+        with pytest.raises(MalformedAdapterError) as caught:
+            reader(path)
+        assert_says_all_four(caught.value, "odd.safetensors")
+        return
+    tensors, given = reader(path)
+    assert given == metadata
+    assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {
+        k: (t.shape, t.dtype) for k, t in expected.items()
+    }
 
 
 def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Fusing and unfusing: every bit comes back, whatever was called in between."""
 
 import copy
+import pickle
 import random
 from typing import Any
 
@@ -698,3 +699,42 @@ def test_a_pruned_factor_is_switched_and_fused_as_it_is_pruned() -> None:
     torch.testing.assert_close(layer(x), expected)
     model.fuse_lora()
     torch.testing.assert_close(layer(x), expected)
+
+
+SIDES = {"A": (2, 64), "B": (64, 2)}
+
+
+def stack(layers: int) -> Any:
+    torch.manual_seed(0)
+    model: Any = ll.attach(nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(layers)]).requires_grad_(False))
+    factors = {
+        f"{n}.lora_{side}.weight": 0.1 * torch.randn(shape) for n in range(layers) for side, shape in SIDES.items()
+    }
+    model.load_lora_adapter(factors, prefix=None, adapter_name="a")
+    model.fuse_lora()
+    assert all(len(model[n].fused.where) for n in range(layers))
+    return model
+
+
+def test_a_pickle_of_a_fused_model_grows_with_its_layers_and_not_with_their_square(tmp_path: Any) -> None:
+    def size(thing: Any) -> int:
+        torch.save(thing, tmp_path / "model.pt")
+        written = (tmp_path / "model.pt").stat().st_size
+        assert abs(len(pickle.dumps(thing)) - written) < 0.1 * written + 100_000
+        return written
+
+    small, large = stack(20), stack(40)
+    assert size(large) < 2.1 * size(small)
+    assert size(large[0]) < 1.1 * size(small[0]) + 4096
+    for own in (copy.deepcopy(large[0]).fused, pickle.loads(pickle.dumps(large[0])).fused):
+        for tensor in (own.where, own.values, own.checksum, own.change.down, own.change.up):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_fused_model_read_from_a_pickle_is_unfused_to_the_bit() -> None:
+    torch.manual_seed(0)
+    plain = [layer.weight.clone() for layer in nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])]
+    for twin in (pickle.loads(pickle.dumps(stack(3))), copy.deepcopy(stack(3))):
+        assert not any(torch.equal(layer.weight, weight) for layer, weight in zip(twin, plain, strict=True))
+        twin.unfuse_lora()
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(twin, plain, strict=True))

@@ -1,5 +1,6 @@
 """Threads: changes come one after the other, and a forward sees what was active before a change or after it."""
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -16,6 +17,7 @@ import lora_loaders as ll
 from lora_loaders import loading
 from lora_loaders.errors import AdapterStateError
 from lora_loaders.gates import Gate, changing, gate_of
+from lora_loaders.integrations.scale import scaled
 from lora_loaders.layers.layer import AdapterLayer
 
 WAIT = 30.0
@@ -317,3 +319,109 @@ def test_adapters_that_go_in_a_scaled_forward_leave_no_thread_waiting() -> None:
         model.between = lambda: None
         together(lambda: model(x), lambda: model(x))
     assert gate_of(model)._scaled == {}
+
+
+def scaling() -> Any:
+    """A model that takes a scale."""
+    model: Any = ll.attach(flux())
+    model.load_lora_adapter(adapter_file(pipeline("flux1"), components=["transformer"]).tensors, adapter_name="a")
+    return model
+
+
+def scaled_output(model: Any, scale: float | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(**INPUTS, joint_attention_kwargs=None if scale is None else {"scale": scale})[0]
+
+
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, asyncio.CancelledError)
+
+
+def interrupt(layer: nn.Module, error: type[BaseException], call: Callable[[], Any]) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    hook = layer.register_forward_hook(stop)
+    with pytest.raises(error):
+        call()
+    hook.remove()
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS)
+def test_no_scale_stays_after_a_forward_that_was_interrupted(error: type[BaseException]) -> None:
+    model = scaling()
+    plain, half = scaled_output(model), scaled_output(model, 0.5)
+    for _ in range(2):
+        interrupt(model.proj_out, error, lambda: scaled_output(model, 0.1))
+    assert torch.equal(scaled_output(model), plain)
+    assert torch.equal(scaled_output(model, 0.5), half)
+    assert torch.equal(scaled_output(model), plain)
+    interrupt(model.proj_out, error, lambda: scaled_output(model, 0.1))
+    with scaled([model], 0.5):
+        assert torch.equal(scaled_output(model), half)
+        interrupt(model.proj_out, error, lambda: scaled_output(model, 0.1))
+        assert torch.equal(scaled_output(model), half)
+        interrupt(model.proj_out, error, lambda: scaled_output(model, 0.1))
+    assert torch.equal(scaled_output(model), plain)
+    assert gate_of(model)._scaled == {}
+
+
+def test_an_interrupted_forward_within_another_leaves_the_other_its_scale() -> None:
+    model = scaling()
+    half, plain = scaled_output(model, 0.5), scaled_output(model)
+
+    def nested(*_: Any) -> None:
+        hook.remove()
+        interrupt(model.proj_out, KeyboardInterrupt, lambda: scaled_output(model, 0.1))
+        assert torch.equal(scaled_output(model), half)
+
+    hook = model.transformer_blocks[0].register_forward_pre_hook(nested)
+    scaled_output(model, 0.5)
+    assert torch.equal(scaled_output(model), plain)
+    together(model.disable_lora)
+
+
+def test_a_compiled_forward_waits_for_no_scale_of_one_that_was_interrupted() -> None:
+    torch._dynamo.reset()
+    model = scaling()
+    half = scaled_output(model, 0.5)
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    together(lambda: interrupt(model.proj_out, SystemExit, lambda: scaled_output(model, 0.1)))
+    together(lambda: torch.testing.assert_close(scaled_output(model, 0.5), half))
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS)
+def test_an_interrupted_forward_holds_no_change_back(error: type[BaseException]) -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    x = torch.randn(3, 4)
+    call = lambda: interrupt(model.late.base_layer, error, lambda: model(x))  # noqa: E731
+    call()
+    together(lambda: model.set_adapters("a", 0.5))  # while the interrupted thread lives
+    together(call)
+    model.set_adapters("a", 0.25)  # after it died
+    assert model.early.weights == {"a": 0.25}
+
+
+def test_a_thread_that_was_interrupted_waits_for_a_change_like_any_other() -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    x = torch.randn(3, 4)
+    interrupted, inside, finished = threading.Event(), threading.Event(), threading.Event()
+    seen: list[Tensor] = []
+
+    def change() -> None:
+        interrupted.wait(WAIT)
+        with changing([model]):
+            inside.set()
+            assert not finished.wait(0.3)
+            model.set_adapters("a", -1.0)
+
+    def generate() -> None:
+        interrupt(model.late.base_layer, KeyboardInterrupt, lambda: model(x))
+        interrupted.set()
+        inside.wait(WAIT)
+        seen.append(model(x))
+        finished.set()
+
+    together(change, generate)
+    assert torch.equal(seen[0], model(x))

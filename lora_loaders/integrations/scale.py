@@ -59,7 +59,7 @@ def _take_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
         shared.traced = given if given is not None else shared.traced
     elif shared is not None:
         # A text encoder runs several times within one scaled `encode_prompt`: what holds there holds without a word.
-        _enter(model, shared, shared.scale if given is None else float(given))
+        _enter(model, shared, None if given is None else float(given), is_forward=True)
     if spelling is None:
         return None
     rest = {key: value for key, value in kwargs[spelling].items() if key != "scale"}
@@ -75,15 +75,19 @@ def _drop_scale(model: nn.Module, args: Any, output: Any) -> None:
         _leave(model, shared)
 
 
-def _enter(model: nn.Module, shared: Shared, scale: float) -> None:
-    outer, shared.scale = shared.scale, scale
-    is_common = partial(_is_common, model, shared)
-    gate_of(model).enter_scale(scale, outer, partial(_write, shared), is_common)
-
-
-def _leave(model: nn.Module, shared: Shared | None) -> None:
+def _enter(model: nn.Module, shared: Shared, scale: float | None, *, is_forward: bool = False) -> int:
     gate = gate_of(model)
-    outer = gate.leave_scale()
+    before = gate.drop_interrupted(entering=is_forward)
+    outer = shared.scale if before is None else before
+    shared.scale = scale = outer if scale is None else scale
+    return gate.enter_scale(
+        scale, outer, partial(_write, shared), partial(_is_common, model, shared), is_forward=is_forward
+    )
+
+
+def _leave(model: nn.Module, shared: Shared | None, depth: int = -1) -> None:
+    gate = gate_of(model)
+    outer = gate.leave_scale(depth)
     if shared is None:  # the last adapter went in the middle of this forward
         gate.forget_scale()
         return
@@ -123,8 +127,7 @@ def scaled(models: Iterable[nn.Module], scale: float) -> Generator[None]:
         for model in ordered:
             shared = shared_of(model)
             if shared is not None:
-                _enter(model, shared, scale)
-                stack.callback(_leave, model, shared)
+                stack.callback(_leave, model, shared, _enter(model, shared, scale))
         yield
 
 

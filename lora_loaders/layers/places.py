@@ -36,7 +36,9 @@ class _OnDemand:
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self._name, self._make = name, make
 
-    def __get__(self, module: nn.Module, _: type) -> Any:
+    def __get__(self, module: nn.Module | None, _: type) -> Any:
+        if module is None:  # asked of the class
+            return self
         value = vars(module)[self._name] = self._make()
         return value
 

@@ -1,9 +1,11 @@
 """A layer with adapters computes what the base layer would with the weight W + Σ weight · ΔW."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import apply, detach_adapters
 from lora_loaders.deltas import Delta, build
 from lora_loaders.layers.layer import AdapterLayer
+from lora_loaders.layers.places import Factor
 from lora_loaders.layers.slots import refresh
 from lora_loaders.layout import adapter_layers
 from lora_loaders.plans import plan_adapter
@@ -426,3 +429,11 @@ def test_a_copy_computes_the_same_and_is_independent(through: Callable[[Any], An
         torch.testing.assert_close(twin["it"](x), base(x), rtol=1e-12, atol=1e-12)
         assert torch.equal(model["it"](x), wanted)
     assert [path for path, _ in adapter_layers(model)] == ["it"]
+
+
+def test_a_factors_hooks_are_asked_of_its_class_without_an_error() -> None:
+    assert {name for name, _ in inspect.getmembers(Factor)} >= {"forward", "_forward_hooks"}
+    assert mock.create_autospec(Factor)
+    one, other = Factor.blank(training=True), Factor.blank(training=True)
+    assert one._forward_hooks == {}
+    assert one._forward_hooks is one._forward_hooks is not other._forward_hooks
