@@ -14,7 +14,8 @@ from .errors import ConversionError
 
 Config = dict[str, Any]
 CORES = ("hada_t1", "hada_t2", "lokr_t2")
-PEFT_WAYS_OUT = "Write another format (kohya, lycoris, original), or make a LoRA of it first: --as lora --rank N."
+OTHER_FORMATS = "Write another format (kohya, lycoris, original)"
+PEFT_WAYS_OUT = f"{OTHER_FORMATS}, or make a LoRA of it first: --as lora --rank N."
 Named = Mapping[str, Delta]
 
 
@@ -120,18 +121,22 @@ def _lacks_kernel(delta: LokrDelta) -> bool:
     return delta.lokr_w2 is not None and delta.lokr_w2.ndim == 3
 
 
-def unreadable(delta: Delta) -> str | None:
-    """Why PEFT would read this change wrongly or not at all, though all of it has names there; None for most."""
+def refuse_unreadable(delta: Delta) -> None:
+    """Raise where PEFT would read this change wrongly or not at all, though all of it has names there.
+
+    Raises:
+        ConversionError: it would.
+    """
     inner = delta.inner if isinstance(delta, DoraDelta) else delta
     if isinstance(delta, DoraDelta) and not isinstance(inner, LoraDelta):
-        return f"PEFT leaves out the DoRA magnitude of a {inner.kind}"
+        raise ConversionError(f"PEFT leaves out the DoRA magnitude of a {inner.kind}", mend=PEFT_WAYS_OUT)
     if inner.bias is not None:
-        return "PEFT leaves out the change of a bias (diff_b)"
+        # A LoRA would have it too.
+        raise ConversionError("PEFT leaves out the change of a bias (diff_b)", mend=f"{OTHER_FORMATS}.")
     if isinstance(inner, LoraDelta) and inner.mid is not None:
-        return "PEFT's LoRA has no Tucker core (lora_mid)"
+        raise ConversionError("PEFT's LoRA has no Tucker core (lora_mid)", mend=PEFT_WAYS_OUT)
     if isinstance(delta, DoraDelta) and isinstance(inner, LoraDelta) and inner.up_bias is not None:
-        return "PEFT refuses lora_bias beside DoRA"
-    return None
+        raise ConversionError("PEFT refuses lora_bias beside DoRA", mend=PEFT_WAYS_OUT)
 
 
 def for_peft(name: str, tensor: Tensor) -> Tensor:

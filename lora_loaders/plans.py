@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta
+from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta, SetDelta
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
@@ -243,13 +243,23 @@ def _hinders_norms(delta: Delta, own: tuple[int, ...]) -> str | None:
 
 
 def _hinders_parameter(base: nn.Module, delta: Delta) -> str | None:
-    """Why this cannot change a raw parameter; its shape in the file may be another, the number of elements counts."""
+    """Why this cannot change a raw parameter."""
     own = logical_shape(base)
     if delta.bias is not None:
         return "the adapter changes a bias too, and a raw parameter has none"
-    if delta.shape is not None and math.prod(delta.shape) != math.prod(own):
+    if delta.shape is not None and not _fits_parameter(delta, delta.shape, own):
         return f"the adapter is for a parameter of shape {delta.shape}, this one has {own}"
     return None if is_plain(base) else "the parameter is quantised or sharded and cannot be written"
+
+
+def _fits_parameter(delta: Delta, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Whether the shapes agree but for ones, or the file's is flat: publishers keep diffusers' `[6, d]` as `[1, 6, d]`
+    or `[6·d]`. Rows and columns that ΔW is computed from must be the parameter's own, though.
+    """
+    bare, wanted = (tuple(size for size in sizes if size != 1) for sizes in (shape, own))
+    if bare in (wanted, (math.prod(own),)) and (isinstance(delta, SetDelta) or not delta.needs_base):
+        return True
+    return bool(own) and delta.fits(own)
 
 
 def fit(delta: Delta, shape: tuple[int, ...]) -> Delta:

@@ -22,7 +22,7 @@ from .formats import Format, format_named
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .peft_types import PEFT_WAYS_OUT, for_peft, plain, unreadable
+from .peft_types import for_peft, plain, refuse_unreadable
 from .scaling import plain_alpha
 
 MEND = "Choose another format, or write in float32 where rounding is the reason."
@@ -291,8 +291,8 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         slots = {**inner.slots(), **_magnitude(delta, form)}
         # diffusers reads a LoRA through PEFT; the other algebras it refuses aloud, and they are written for others.
         through_peft = form.name == "peft" or (form.name == "diffusers" and isinstance(inner, LoraDelta))
-        if through_peft and (reason := unreadable(delta)) is not None:
-            raise ConversionError(reason, mend=PEFT_WAYS_OUT)
+        if through_peft:
+            refuse_unreadable(delta)
     except ConversionError as error:
         writing.refuse(error, where)
         return

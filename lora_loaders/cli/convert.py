@@ -49,7 +49,12 @@ class Algebra(str, Enum):
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A file, a folder, or a Hub id (owner/name).")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A .safetensors file, or a folder.")],
-    format: Annotated[str, typer.Option(callback=check_format, help=f"One of {', '.join(FORMAT_NAMES)}.")],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            callback=check_format, help=f"One of {', '.join(FORMAT_NAMES)}; with --as the source's own by default."
+        ),
+    ] = None,
     weight_name: WeightName = None,
     subfolder: Subfolder = None,
     revision: Revision = None,
@@ -75,6 +80,8 @@ def convert(
     """
     if algebra is not Algebra.lora and (rank, energy, error) != (None, None, None):
         raise typer.BadParameter("--rank, --energy and --error go with --as lora")
+    if format is None and algebra is None:
+        raise typer.BadParameter("give --format, or --as")
     chosen = dtype.torch if dtype else None
     if Path(source).is_dir() and target.suffix != ".safetensors" and weight_name is None and subfolder is None:
         if algebra is not None:
@@ -82,7 +89,7 @@ def convert(
         options = {"format": format, "family": family, "dtype": chosen, "overwrite": force, "jobs": jobs}
         convert_batch(Path(source), target, use_safetensors=not allow_pickle and None, report=report, **options)
         return
-    path = _target(target, format)
+    path = _target(target, format or "")
     if path.exists() and not force:
         raise AdapterFileError(
             f"{path} is there already", mend="Choose another name, or pass --force.", state="It was not changed."
@@ -95,6 +102,7 @@ def convert(
         contents, _ = open_contents(source, hub, allow_pickle=allow_pickle)
         progress.update(task, advance=1, description="naming")
         adapter = parse(contents, family)
+        format = format or adapter.format or "diffusers"
         done = None
         if algebra is not None:
             goal = {"rank": rank, "energy": energy, "error": error}

@@ -82,7 +82,7 @@ def as_lora(
     """The nearest LoRA.
 
     Low-rank deltas go through their factors, so that ΔW is not built. A LoRA keeps its scaling, others get one of 1; a
-    change of a bias or of a norm stays what it is.
+    change of a bias or of a norm stays what it is, and so does a LoRA that is no larger than it may be.
 
     Args:
         delta: any algebra.
@@ -99,8 +99,10 @@ def as_lora(
         return _unchanged(delta, dtype)
     goal = goal.at(shape[2:])
     product = product_of(delta)
-    if isinstance(delta, LoraDelta) and product is not None and goal.keeps_all:
-        return Fitted(delta.map_tensors(lambda tensor: tensor.to(dtype)), Fit(delta.rank, _norm(product), 0.0))
+    if isinstance(delta, LoraDelta) and product is not None and goal.takes(delta.rank):
+        made = delta.map_tensors(lambda tensor: tensor.to(dtype))
+        is_same = all(tensor.dtype == dtype for tensor in delta.tensors().values())
+        return Fitted(made, Fit(delta.rank, _norm(product), 0.0) if is_same else fit_of_product(product, made))
     if product is not None:
         made = lora_of(of_product(*product, goal), delta, shape, dtype, base_bias)
         return Fitted(made, fit_of_product(product, made))

@@ -18,7 +18,7 @@ from lora_loaders.errors import UNTOUCHED, AdapterMismatchError
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
 from .goals import Goal
-from .resizing import Tick, computed_again, read_at
+from .resizing import Tick, computed_again, read_at, sound
 
 Algebra = Literal["lora", "lokr", "full"]
 SMALL = "a vector (a bias or a norm): pass vectors=… to keep it"
@@ -76,17 +76,21 @@ def extract(
     Raises:
         AdapterFileError: one of the two cannot be read as a checkpoint.
         AdapterMismatchError: the two have no module in common, or none that differs.
-        ConversionError: a goal that means nothing.
+        ConversionError: a goal that means nothing; or NaN or infinity in one of the two, or in the adapter's dtype.
     """
     goal = Goal(rank, energy, error, conv_rank)
     if algebra == "lora":
         goal.require_loss()
     new, old = (open_checkpoint(side, family=family, component=component) for side in (tuned, base))
 
-    def say(delta: FullDelta) -> Fitted:
+    def say(delta: FullDelta, place: str) -> Fitted:
+        sound(delta, place)
         if algebra == "full":
-            return as_full(delta, dtype=dtype)
-        return as_lora(delta, goal, dtype=dtype) if algebra == "lora" else as_lokr(delta, goal, factor, dtype)
+            made = as_full(delta, dtype=dtype)
+        else:
+            made = as_lora(delta, goal, dtype=dtype) if algebra == "lora" else as_lokr(delta, goal, factor, dtype)
+        sound(made.delta, place)
+        return made
 
     found = _Extraction()
     for part, path, delta in new.weights.modules():
@@ -94,11 +98,16 @@ def extract(
         compare = partial(_difference, delta, old.parts(part, path), place, vectors, found, device)
         change = compare()
         if change is not None:
-            made, found.fits[place] = say(change)
-            kept = computed_again(made, lambda again=compare: say(again() or FullDelta()).delta)
+            made, found.fits[place] = say(change, place)
+            kept = computed_again(made, lambda again=compare, at=place: say(again() or FullDelta(), at).delta)
             found.deltas.setdefault(part, {})[path] = kept
         if on_module is not None:
             on_module(place)
+    for part, path, _ in old.weights.modules():
+        if new.parts(part, path) is None:
+            # A part that is missing as a whole is one fact, not one for each of its modules.
+            place = f"{part}.{path}" if new.weights.deltas.get(part) else part
+            found.left_out[place] = "only the base model has it"
     _check(found, new, old)
     settings = {"algebra": algebra, **{name: value for name, value in asdict(goal).items() if value is not None}}
     sources = [str(file) for side in (new, old) for file in side.files or (side.label,)]
@@ -122,8 +131,15 @@ def _difference(
         found.left_out[place] = "the base model has no such module"
         return None
     changes: dict[str, Tensor] = {}
+    places = {name: place if name == "diff" else f"{place} ({name})" for name in (*own, *theirs)}
+    for name in theirs.keys() - own.keys():
+        found.left_out[places[name]] = "only the base model has it"
     for name, tensor in own.items():
-        if name not in theirs or not tensor.is_floating_point():
+        if name not in theirs:
+            found.left_out[places[name]] = "the base model has none"
+            continue
+        if not tensor.is_floating_point():
+            found.left_out[places[name]] = f"its numbers are {tensor.dtype}, which have no difference to add"
             continue
         if theirs[name].shape != tensor.shape:
             reason = f"its {'bias' if name == 'bias' else 'weight'} has the shape {tuple(tensor.shape)} here and "
@@ -134,7 +150,7 @@ def _difference(
         if not change.any():
             continue
         if change.ndim < 2 and not vectors:
-            found.left_out[place if name == "diff" else f"{place} (bias)"] = SMALL
+            found.left_out[places[name]] = SMALL
             continue
         changes[name] = change
     return FullDelta(diff=changes.get("diff"), bias=changes.get("bias")) if changes else None

@@ -48,6 +48,10 @@ class Goal:
         """Whether nothing may be lost."""
         return self.rank is None and self.share in (None, 1.0)
 
+    def takes(self, rank: int) -> bool:
+        """Whether factors of this rank can stay as they are."""
+        return self.share in (None, 1.0) and (self.rank is None or rank <= self.rank)
+
     def require_loss(self) -> None:
         """Raise unless something says how much is to be kept.
 

@@ -138,8 +138,8 @@ def base_at(checkpoint: Checkpoint | None, component: str, path: str, device: to
     return Base(*(None if tensor is None else read_at(tensor, device) for tensor in tensors))
 
 
-def sound(delta: Delta) -> Delta:
-    """The delta, if all of its numbers are.
+def sound(delta: Delta, place: str | None = None) -> Delta:
+    """The delta, if all of its numbers are; `place` names its module in the error.
 
     Raises:
         ConversionError: some are NaN or infinite, from which nothing can be computed.
@@ -147,7 +147,7 @@ def sound(delta: Delta) -> Delta:
     bad = [name for name, t in delta.tensors().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise ConversionError(
-            f"NaN or infinity in {', '.join(bad)}",
+            f"{f'{place}: ' if place else ''}NaN or infinity in {', '.join(bad)}",
             mend="The source is damaged where it holds them itself; else its numbers are too large for this dtype: "
             "choose dtype=torch.float32 or bfloat16.",
         )

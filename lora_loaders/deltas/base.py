@@ -140,9 +140,10 @@ class Delta(ABC):
         """Whether this can change a weight of that shape; trailing dimensions of 1 (a 1x1 kernel) do not matter."""
         if self.shape is None:
             return True
-        own, other = strip_ones(self.shape), strip_ones(weight_shape)
-        known = all(size in (-1, wanted) for size, wanted in zip(own, other, strict=False))
-        return known and (len(own) == len(other) or -1 in own)
+        if -1 not in self.shape:
+            return strip_ones(self.shape) == strip_ones(weight_shape)
+        # A vector is a column: it has one input.
+        return all(size in (-1, wanted) for size, wanted in zip(self.shape, (*weight_shape, 1), strict=False))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensor fields by name."""

@@ -117,9 +117,9 @@ class GainDelta(Delta):
         """See `Delta.fits`; where both sides are possible, neither is a guess worth making."""
         if self.on_input is None:
             return [size == self.ia3_l.numel() for size in weight_shape[:2]].count(True) == 1
-        groups, rest = divmod(self.ia3_l.numel(), weight_shape[1])
-        if self.on_input and len(weight_shape) > 2 and groups > 1:
-            return not rest and weight_shape[0] % groups == 0
+        if self.on_input and len(weight_shape) > 2:
+            groups, rest = divmod(self.ia3_l.numel(), weight_shape[1])
+            return not rest and groups > 0 and weight_shape[0] % groups == 0
         return super().fits(weight_shape)
 
     @property

@@ -98,7 +98,7 @@ class OftDelta(InUnits):
             raise ConversionError("a rotation's ΔW depends on the weight it turns: pass base_weight")
         base = computing(base_weight)
         turns = self._turns()
-        weight = base.to(turns.dtype).flatten(1)
+        weight = base.to(turns.dtype).reshape(base.shape[0], -1)
         count, size = turns.shape[-3:-1]
         if turns.ndim == 3:
             change = (turns.mT @ weight.view(count, size, -1)).flatten(0, 1)

@@ -52,6 +52,7 @@ COMMON: Mapping[str, str] = {
         )
     },
     **{slot: f".{slot}.weight" for slot in ("a1", "a2", "b1", "b2", "bm")},
+    "scaled_oft": ".oft_R.scaled_oft",
     "weight": ".weight",
 }
 # Further spellings that are read and never written.

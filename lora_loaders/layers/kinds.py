@@ -121,12 +121,16 @@ def _group_norm(base: nn.GroupNorm, x: Tensor, weight: Tensor) -> Tensor:
     return F.group_norm(x, base.num_groups, weight.to(x.dtype), None, base.eps)
 
 
-def _rms_norm(base: Any, x: Tensor, weight: Tensor) -> Tensor:
-    # torch, diffusers and transformers each have a class; all divide by the root of the mean square in float32.
-    wide = x if x.dtype == torch.float64 else x.float()
+def _rms_norm(base: nn.RMSNorm, x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, base.normalized_shape, weight.to(x.dtype), base.eps)
+
+
+def _other_rms_norm(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    # Classes of diffusers and transformers take the mean square in float32, of float64 too.
     given = (getattr(base, name, None) for name in ("eps", "variance_epsilon"))
-    epsilon = next((e for e in given if e is not None), torch.finfo(x.dtype).eps)  # torch's own default
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight.to(x.dtype)
+    epsilon = next((e for e in given if e is not None), torch.finfo(x.dtype).eps)
+    root = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+    return (x * root).to(x.dtype) * weight.to(x.dtype)
 
 
 def _no_forward(base: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -139,6 +143,7 @@ EMBEDDING = Kind("embedding", _embedding, _embedding_low_rank, kronecker=_embedd
 LAYER_NORM = Kind("norm", _layer_norm, channel=-1)
 GROUP_NORM = Kind("norm", _group_norm, channel=1)
 RMS_NORM = Kind("norm", _rms_norm, channel=-1)
+OTHER_RMS_NORM = Kind("norm", _other_rms_norm, channel=-1)
 PARAMETER = Kind("parameter", _no_forward)
 
 KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
@@ -147,8 +152,12 @@ KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = 
     (nn.Embedding, EMBEDDING),
     (nn.LayerNorm, LAYER_NORM),
     (nn.GroupNorm, GROUP_NORM),
+    (nn.RMSNorm, RMS_NORM),
     (RawParameter, PARAMETER),
 )
+
+OTHER_RMS_NORMS = ("RMSNorm", "T5LayerNorm")
+"""How the names of such classes end; T5's and UMT5's are no layer norms."""
 
 
 def kind_of(base: nn.Module) -> Kind | None:
@@ -158,4 +167,4 @@ def kind_of(base: nn.Module) -> Kind | None:
     for types, kind in KINDS:
         if isinstance(base, types):
             return kind
-    return RMS_NORM if type(base).__name__.endswith("RMSNorm") else None
+    return OTHER_RMS_NORM if type(base).__name__.endswith(OTHER_RMS_NORMS) else None

@@ -132,6 +132,18 @@ def input_rotation(exact: bool, eps: float | None = None) -> Formula:
     return formula
 
 
+def onetrainer_rotation(scaled: bool) -> Formula:
+    """The same series over Q, or Q / (2·√(b − 1)); a convolution's unfolded patches meet R, not its transpose."""
+
+    def formula(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+        size = skew(s["oft_R"]).shape[-1]
+        triangles = s["oft_R"] / (2 * math.sqrt(size - 1)) if scaled else s["oft_R"]
+        # The series' transpose is that of −Q.
+        return input_rotation(exact=False)({"oft_R": triangles if w.ndim == 2 else -triangles}, w, alpha)
+
+    return formula
+
+
 def input_butterfly(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     blocks = s["boft_R"]
     turned = w.flatten(1)

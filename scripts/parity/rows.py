@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from formulas import (
     Formula,
     butterfly,
@@ -20,6 +21,7 @@ from formulas import (
     kronecker,
     low_rank,
     nothing,
+    onetrainer_rotation,
     rank_stabilised,
     replaced,
     rotation,
@@ -27,19 +29,20 @@ from formulas import (
     with_remainder,
 )
 from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 IN, OUT = 16, 32
 
 
 class Table(nn.Module):
-    """A module that reads a parameter of its own."""
+    """A module that reads a parameter of its own, with rows and columns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, IN))
+        self.modulation = nn.Parameter(torch.randn(OUT, IN))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (1 + self.modulation)
+        return x.unsqueeze(-2) * (1 + self.modulation)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ LAYERS: Mapping[str, Layer] = {
     "LayerNorm": Layer("norm", lambda: nn.LayerNorm(IN), (2, 3, IN)),
     "GroupNorm": Layer("norm", lambda: nn.GroupNorm(4, IN), (2, IN, 6, 6)),
     "RMSNorm": Layer("norm", lambda: nn.RMSNorm(IN), (2, 3, IN)),
+    "RMSNorm of diffusers": Layer("norm", lambda: RMSNorm(IN, 1e-6), (2, 3, IN)),
+    "T5LayerNorm": Layer("norm", lambda: T5LayerNorm(IN), (2, 3, IN)),
     "raw parameter": Layer("parameter", Table, (2, 3, IN), "modulation"),
 }
 STAND_INS: Mapping[int, Callable[[], nn.Module]] = {2: lambda: nn.Linear(IN, OUT, bias=False), 4: LAYERS["Conv2d"].make}
@@ -123,6 +128,35 @@ def rotations(w: Tensor) -> Shapes:
     return {".oft_diag": cayley(skew - skew.mT)}
 
 
+def tucker(w: Tensor) -> Shapes:
+    ones = [1] * (w.ndim - 2)
+    up, down = (len(w), 4, *ones), (4, w.shape[1], *ones)
+    return {".lora_up.weight": up, ".lora_mid.weight": (4, 4, *w.shape[2:]), ".lora_down.weight": down}
+
+
+def loha(w: Tensor) -> Shapes:
+    return {f".hada_w{n}_{side}": (len(w), 4) if side == "a" else (4, w[0].numel()) for n in "12" for side in "ab"}
+
+
+def whole_lokr(w: Tensor) -> Shapes:
+    return {".lokr_w1": (4, 4), ".lokr_w2": (len(w) // 4, w.shape[1] // 4, *w.shape[2:])}
+
+
+def input_triangles(w: Tensor) -> Shapes:
+    return {".oft_R": (w[0].numel() // 4, 6)}
+
+
+def scaled_triangles(w: Tensor) -> Shapes:
+    return {**input_triangles(w), ".oft_R.scaled_oft": torch.tensor(True)}
+
+
+def conv_glora(w: Tensor) -> Shapes:
+    ones = [1] * (w.ndim - 2)
+    pairs = {"a1": (w.shape[1], 4), "a2": (4, w.shape[1]), "b1": (len(w), 4), "b2": (4, w.shape[1])}
+    kernels = {"b2": w.shape[2:]}
+    return {f".{name}.weight": (*shape, *kernels.get(name, ones)) for name, shape in pairs.items()}
+
+
 def under_dora(inner: Callable[[Tensor], Shapes]) -> Callable[[Tensor], Shapes]:
     return lambda w: {**inner(w), ".dora_scale": (len(w), *[1] * (w.ndim - 1))}
 
@@ -130,6 +164,16 @@ def under_dora(inner: Callable[[Tensor], Shapes]) -> Callable[[Tensor], Shapes]:
 NO_PEFT_TUCKER = "PEFT has no Tucker core for it"
 NO_DORA, NO_PEFT_DORA = "LyCORIS's DoRA wraps LoRA, LoHa and LoKr only", "PEFT's DoRA wraps LoRA only"
 EXTRACTED = "an extraction writes it; no module of LyCORIS reads it"
+MODULES = "not asked: its files name modules"
+OF_PARAMETERS: tuple[tuple[str, Formula, Callable[[Tensor], Shapes]], ...] = (
+    ("LoRA", low_rank, factors),
+    ("LoHa", hadamard, loha),
+    ("LoKr, both whole", kronecker, whole_lokr),
+    ("DoRA per output", decomposed(low_rank), under_dora(factors)),
+    ("OFT, oft_diag", turned, rotations),
+    ("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), input_triangles),
+    ("IA3", ia3, lambda w: {".weight": (len(w),), ".on_input": torch.tensor(0)}),
+)
 ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("LoRA", low_rank, {"algo": "lora"}, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
     Algebra("LoCon, Tucker", low_rank, {"algo": "lora", "use_tucker": True}, NO_PEFT_TUCKER, on=("conv",)),
@@ -171,6 +215,12 @@ ALGEBRAS: tuple[Algebra, ...] = (
             ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2}), on=("linear", "conv")),
     Algebra("BOFT of inputs", input_butterfly, "LyCORIS turns outputs: the rows above", (
         "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1})),
+    Algebra("BOFT of inputs, two factors", input_butterfly, "LyCORIS turns outputs: the rows above", (
+        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}), on=("linear",)),
+    Algebra("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), "LyCORIS turns outputs: the rows above",
+            "PEFT turns a convolution's patches the other way: the rows above", ("linear", "conv"), input_triangles),
+    Algebra("OFT of inputs, scaled_oft", onetrainer_rotation(scaled=True), "LyCORIS turns outputs: the rows above",
+            "OneTrainer alone divides so", ("linear", "conv"), scaled_triangles),
     Algebra("OFT, oft_diag", turned, "LyCORIS has it no more", "PEFT turns inputs: the rows above", by_hand=rotations),
     Algebra("GLoRA", glora, {"algo": "glora"}, "PEFT's GLoRA is another algebra (no a, b pairs)"),
     Algebra("GLoRA, older names", glora, "LyCORIS has it no more", on=("linear", "embedding"), by_hand=old_glora),
@@ -184,7 +234,8 @@ ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, on=("norm",),
             by_hand=lambda w: {".w_norm": w.shape}),
     Algebra("difference of a modulation", full, on=("parameter",), by_hand=lambda w: {".diff_m": w.shape}),
-    Algebra("difference of a bias", nothing, on=("linear", "conv"), by_hand=lambda w: {".diff_b": w.shape[:1]}),
+    Algebra("difference of a bias", nothing, "LyCORIS writes it beside a full difference: the row above",
+            on=("linear", "conv"), by_hand=lambda w: {".diff_b": w.shape[:1]}),
     Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", "norm", "parameter"),
             by_hand=lambda w: {".set_weight": w.shape}),
     Algebra("LoRA, sparse remainder", with_remainder(low_rank), EXTRACTED, by_hand=remainder),
@@ -193,13 +244,19 @@ ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("DoRA over BOFT", decomposed(butterfly), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(lambda w: {".oft_blocks": (2, OUT // 4, 4, 4)})),
     Algebra("DoRA over OFT of inputs", decomposed(input_rotation(exact=False)), NO_DORA, NO_PEFT_DORA,
-            ("linear", "embedding"), under_dora(lambda w: {".oft_R": (IN // 4, 6)})),
+            ("linear", "embedding"), under_dora(input_triangles)),
+    Algebra("DoRA over OFT of inputs, OneTrainer", decomposed(onetrainer_rotation(scaled=False)), NO_DORA,
+            NO_PEFT_DORA, ("conv",), under_dora(input_triangles)),
     Algebra("DoRA over GLoRA", decomposed(glora), NO_DORA, NO_PEFT_DORA, ("linear", "embedding"),
             under_dora(old_glora)),
+    Algebra("DoRA over GLoRA", decomposed(glora), NO_DORA, NO_PEFT_DORA, ("conv",), under_dora(conv_glora)),
+    Algebra("DoRA over LoCon, Tucker", decomposed(low_rank), "LyCORIS has DoRA of it without a core only", NO_PEFT_DORA,
+            ("conv",), under_dora(tucker)),
     Algebra("DoRA over IA3", decomposed(ia3), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(lambda w: {".weight": (OUT,), ".on_input": torch.tensor(0)})),
     Algebra("DoRA over a full difference", decomposed(full), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(lambda w: {".diff": w.shape})),
     Algebra("DoRA over a sparse remainder", decomposed(with_remainder(low_rank)), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(remainder)),
+    *(Algebra(name, formula, MODULES, MODULES, ("parameter",), make) for name, formula, make in OF_PARAMETERS),
 )  # fmt: skip

@@ -117,6 +117,32 @@ def test_convert_as_lora_of_what_has_no_rank_asks_for_one(run: Run, file: Path, 
     assert not (tmp_path / "b.safetensors").exists()
 
 
+def test_convert_as_lora_keeps_the_format_of_the_file(run: Run, file: Path, tmp_path: Path) -> None:
+    diffusers, small = tmp_path / "diffusers.safetensors", tmp_path / "small.safetensors"
+    assert run("convert", file, diffusers, "--format", "diffusers").exit_code == 0
+    for source, suffix in ((file, ".lora_up.weight"), (diffusers, ".lora_B.weight")):
+        done = run("convert", source, small, "--as", "lora", "--rank", 2, "--force")
+        assert done.exit_code == 0, done.stderr
+        ups = [tensor for key, tensor in load_file(small).items() if key.endswith(suffix)]
+        assert [up.shape[1] for up in ups] == [2, 2]
+    result = run("convert", file, small, "--force")
+    assert result.exit_code == 2
+    assert "--format" in result.stderr
+
+
+def test_what_no_lora_can_say_is_not_answered_with_the_advice_to_make_one(run: Run, file: Path, tmp_path: Path) -> None:
+    norm = TO_Q.replace("attn1_to_q", "norm1")
+    more = {f"{norm}.w_norm": torch.ones(320), f"{norm}.b_norm": torch.ones(320)}
+    save_file({**load_file(file), **more}, tmp_path / "norm.safetensors")
+    target = tmp_path / "b.safetensors"
+    result = run("convert", tmp_path / "norm.safetensors", target, "--as", "lora", "--rank", 2, "--format", "peft")
+    assert result.exit_code == 2
+    assert "norm1: PEFT leaves out the change of a bias" in result.stderr
+    assert "kohya" in result.stderr
+    assert "--as lora" not in result.stderr
+    assert not target.exists()
+
+
 def test_a_rank_without_an_algebra_to_take_it_is_refused(run: Run, file: Path, tmp_path: Path) -> None:
     assert run("convert", file, tmp_path / "b.safetensors", "--format", "kohya", "--rank", 2).exit_code == 2
 

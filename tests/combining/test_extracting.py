@@ -1,10 +1,12 @@
 """Extraction: what was added to a model is found again, from every form that a model comes in."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +182,57 @@ def test_a_module_of_another_shape_is_left_out_by_name(base: Weights, tuned: Wei
     done = ll.extract(new, old, rank=3)
     assert "(32, 20, 3, 3)" in done.left_out["unet.down_blocks.1.resnets.0.conv1"]
     assert done.adapter.components == {"unet": 2}
+
+
+class Model(nn.Module):
+    """Layers by name, with a bias or without."""
+
+    def __init__(self, **biases: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, bias in biases.items():
+            self.add_module(name, nn.Linear(8, 8, bias=bias))
+
+
+def test_what_only_one_side_has_is_named() -> None:
+    new = Model(same=True, gained=True, lost=False, new=True)
+    old = Model(same=True, gained=False, lost=True, old=True)
+    new.get_submodule("same").get_parameter("weight").data += 1
+    for name in ("gained", "lost"):
+        new.get_submodule(name).get_parameter("weight").data = old.get_submodule(name).get_parameter("weight").data
+    done = ll.extract({"unet": new}, {"unet": old, "text_encoder": old}, rank=2, vectors=True)
+    assert set(done.fits) == {"unet.same"}
+    gone = "only the base model has it"
+    assert done.left_out == {
+        "unet.gained (bias)": "the base model has none",
+        "unet.lost (bias)": gone,
+        "unet.new": "the base model has no such module",
+        "unet.old": gone,
+        "text_encoder": gone,
+    }
+    new.get_submodule("same").get_parameter("weight").data -= 1
+    new.load_state_dict(old.state_dict(), strict=False)
+    with pytest.raises(ll.AdapterMismatchError, match=r"unet\.gained \(bias\): the base model has none"):
+        ll.extract(new, old, rank=2, vectors=True, component="unet")
+
+
+def test_whole_numbers_are_named(base: Weights, tuned: Weights, tmp_path: Path) -> None:
+    key = f"{BLOCK}.attn1.to_q"
+    tuned[f"{key}.weight"] = torch.ones(64, 64, dtype=torch.int8)
+    new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
+    done = ll.extract(new, old, rank=3)
+    assert set(done.left_out) == {f"unet.{key}"}
+    assert "int8" in done.left_out[f"unet.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("algebra", "value"), [("lora", math.nan), ("lokr", math.inf), ("full", math.nan), ("full", 1e6)]
+)
+def test_numbers_that_are_none_or_too_large_for_the_dtype_name_the_module(algebra: Any, value: float) -> None:
+    new, old = Model(it=False), Model(it=False)
+    new.get_submodule("it").get_parameter("weight").data[1, 2] = value
+    with pytest.raises(ll.ConversionError, match=r"unet\.it: NaN or infinity"):
+        ll.extract(new, old, rank=2, algebra=algebra, dtype=torch.float16, component="unet")
 
 
 def test_two_equal_models_are_an_error(base: Weights, tmp_path: Path) -> None:

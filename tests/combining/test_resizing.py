@@ -67,6 +67,29 @@ def test_without_a_goal_a_low_rank_algebra_keeps_its_change(name: str) -> None:
     assert fit.error < 1e-7
 
 
+@pytest.mark.parametrize("tucker", [False, True], ids=["plain", "tucker"])
+@pytest.mark.parametrize("rank", [8, 99])
+def test_a_lora_that_is_small_enough_is_left_alone(rank: int, tucker: bool) -> None:
+    kernel = (1, 1) if tucker else (3, 3)
+    slots = {"up": randn(16, 8, 1, 1), "down": randn(8, 12, *kernel), **({"mid": randn(8, 8, 3, 3)} if tucker else {})}
+    slots = {name: tensor.half() for name, tensor in slots.items()}
+    delta = build(slots, 4.0)
+    made, fit = as_lora(delta, Goal(rank=rank))
+    assert made.alpha_value == 4.0
+    assert all(torch.equal(made.tensors()[name], tensor) for name, tensor in slots.items())
+    assert fit.error == 0.0
+
+
+@pytest.mark.parametrize("goal", [Goal(), Goal(rank=8)], ids=["no goal", "its own rank"])
+def test_a_lora_that_is_only_rounded_tells_the_error_of_it(goal: Goal) -> None:
+    slots = {"up": randn(16, 8), "down": randn(8, 12)}
+    made, fit = as_lora(build(slots, None), goal, dtype=torch.bfloat16)
+    rounded = slots["up"].bfloat16().double() @ slots["down"].bfloat16().double()
+    assert isinstance(made, LoraDelta)
+    assert fit.error == pytest.approx(error_of(slots["up"] @ slots["down"], rounded), rel=1e-4)
+    assert fit.error > 1e-4
+
+
 def test_dora_is_cut_with_its_base_weight_and_refused_without() -> None:
     base, up, down = randn(12, 9), randn(12, 4), randn(4, 9)
     dora = DoraDelta(inner=LoraDelta(up=up, down=down, alpha=4.0), magnitude=randn(12, 1).abs())

@@ -17,9 +17,10 @@ from lora_loaders.layers.slots import refresh
 from lora_loaders.plans import plan_adapter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.002}
-"""Of the sum of all terms' absolute values. DoRA over a rotation loses digits in W + Δ: 20 in 4,000 mixes lose one or
-two in float32."""
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.002}
+"""Of the sum of all terms' absolute values."""
+DORA_OVER_ROTATION = 1e-4
+"""In float32, where DoRA over a rotation loses digits in W + Δ: 20 in 4,000 mixes lose one or two."""
 Layers = Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]]
 LAYERS: Mapping[tuple[int, ...], Layers] = {
     (): {
@@ -31,6 +32,10 @@ LAYERS: Mapping[tuple[int, ...], Layers] = {
         "circular": (
             lambda: nn.Conv2d(COLUMNS, ROWS, 3, padding=1, padding_mode="circular"),
             lambda: randn(2, COLUMNS, 6, 6),
+        ),
+        "strided": (
+            lambda: nn.Conv2d(COLUMNS, ROWS, 3, stride=2, padding=1, padding_mode="reflect"),
+            lambda: randn(2, COLUMNS, 7, 6),
         ),
         "grouped": (
             lambda: nn.Conv2d(COLUMNS * 2, ROWS, 3, groups=2, dilation=2, padding=2),
@@ -96,10 +101,13 @@ def check(seed: int) -> None:
     truth = applied(twin, total, bias, x)
     bound = float(applied(twin, size, bias.abs(), x.abs()).max())
 
+    is_hard = dtype == torch.float32 and any("oft" in name and not name.endswith("None") for name in weights)
+    tolerance = DORA_OVER_ROTATION if is_hard else TOLERANCE[dtype]
+
     def compare(state: str) -> None:
         out = model["it"](x)
         error = float((out.double() - truth).abs().max()) / bound
-        assert error <= TOLERANCE[dtype], f"seed {seed}: {name}, {dtype}, {weights}, {state}: {error:.1e} off"
+        assert error <= tolerance, f"seed {seed}: {name}, {dtype}, {weights}, {state}: {error:.1e} off"
 
     layer: Any = model["it"]
     layer.activate(tuple(weights))

@@ -58,6 +58,7 @@ SUFFIX_CASES = {
     ".hada_w1_a.default": "hada_w1_a",
     ".lokr_w2.default": "lokr_w2",
     ".oft_R.default.weight": "oft_R",
+    ".oft_R.scaled_oft": "scaled_oft",
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
     ".on_input": "on_input",

@@ -172,6 +172,8 @@ def test_float32_is_right_to_rounding(name: str) -> None:
 
 def norms() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     from diffusers.models.normalization import RMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+    from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
     return {
         "layer norm": (nn.LayerNorm(10), (2, 3, 10)),
@@ -179,7 +181,11 @@ def norms() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "group norm": (nn.GroupNorm(2, 10), (2, 10, 4, 4)),
         "rms norm": (nn.RMSNorm(10, eps=1e-6), (2, 3, 10)),
         "rms norm with torch's epsilon": (nn.RMSNorm(10), (2, 3, 10)),
+        "rms norm over two dimensions": (nn.RMSNorm((2, 5)), (3, 2, 5)),
         "diffusers' rms norm": (RMSNorm(10, eps=1e-6), (2, 3, 10)),
+        "diffusers' rms norm with bias": (RMSNorm(10, eps=1e-6, bias=True), (2, 3, 10)),
+        "T5's layer norm": (T5LayerNorm(10), (2, 3, 10)),
+        "UMT5's layer norm": (UMT5LayerNorm(10), (2, 3, 10)),
     }
 
 
@@ -189,14 +195,11 @@ def test_a_norm_takes_differences_and_other_values(name: str, trained: bool) -> 
     base, shape = norms()[name]
     base = base.double()
     x = randn(*shape)
-    has_bias = getattr(base, "bias", None) is not None
-    first = build({"w_norm": randn(10), **({"b_norm": randn(10)} if has_bias else {})}, None)
-    second = build({"set_weight": randn(10)}, None)
+    own, has_bias = base.get_parameter("weight").shape, getattr(base, "bias", None) is not None
+    first = build({"w_norm": randn(*own), **({"b_norm": randn(*own)} if has_bias else {})}, None)
+    second = build({"set_weight": randn(*own)}, None)
     model: Any = wrapped(base, first, second, weights=[0.5, 0.25], requires_grad=trained)
-    # diffusers' class normalises in float32, whatever the input's dtype is.
-    close(
-        model["it"](x).detach(), expected(base, x, [first, second], [0.5, 0.25]), 3e-7 if "diffusers" in name else 1e-12
-    )
+    close(model["it"](x).detach(), expected(base, x, [first, second], [0.5, 0.25]), 1e-12)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import lora_loaders as ll
+from lora_loaders.adapter import Adapter
 from lora_loaders.attaching import apply
+from lora_loaders.deltas import build
 from lora_loaders.errors import AdapterMismatchError, AdapterStateError
 from lora_loaders.layers.parameter import ParameterLayer
 from lora_loaders.layout import adapter_layers
 from lora_loaders.planning import plan
+from lora_loaders.plans import plan_adapter
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TABLE = "blocks.0.scale_shift_table"
@@ -241,6 +244,86 @@ def test_another_size_is_refused_and_nothing_changes() -> None:
     with pytest.raises(AdapterMismatchError, match="shape"):
         model.load_lora_adapter(file, adapter_name="x", prefix=None)
     assert_bits(photograph(model), before)
+
+
+class Owner(nn.Module):
+    """Six rows of eight under any shape, which the module reads itself."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(*shape, dtype=torch.float64), requires_grad=False)
+
+
+def planned(owner: Owner, slots: Mapping[str, Tensor]) -> Any:
+    return plan_adapter({"m": owner}, Adapter({"m": {"table": build(slots, None)}}))
+
+
+def rotation(triangle: Tensor) -> Tensor:
+    """R = I + 2Q + 2Q² + 2Q³ + Q⁴ of one 2 x 2 block."""
+    q = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64) * triangle
+    return torch.eye(2).double() + 2 * (q + q @ q + q @ q @ q) + q @ q @ q @ q
+
+
+@pytest.mark.parametrize("algebra", ["gain of outputs", "gain of inputs", "PEFT's gain", "oft", "input oft", "dora"])
+def test_what_is_computed_from_the_parameter_follows_its_formula(algebra: str) -> None:
+    torch.manual_seed(0)
+    owner = Owner(6, 8)
+    base, rows, columns, triangles = (torch.randn(*s).double() for s in ((6, 8), (6,), (8,), (4, 1)))
+    owner.table.copy_(base)
+    q = torch.randn(2, 3, 3).double()
+    skew, eye = torch.block_diag(*(q - q.mT)), torch.eye(6).double()
+    up, down, norms = torch.randn(6, 2).double(), torch.randn(2, 8).double(), torch.rand(6, 1).double() + 1
+    moved = base + up @ down
+    slots, wanted = {
+        "gain of outputs": ({"weight": rows, "on_input": torch.tensor(0)}, base * (1 + rows[:, None])),
+        "gain of inputs": ({"weight": columns, "on_input": torch.tensor(1)}, base * (1 + columns)),
+        "PEFT's gain": ({"ia3_l": columns[None]}, base * columns),
+        "oft": ({"oft_blocks": q}, torch.linalg.solve(eye + skew, eye - skew) @ base),  # Rᵀ of the Cayley transform
+        "input oft": ({"oft_R": triangles}, base @ torch.block_diag(*map(rotation, triangles)).T),
+        "dora": ({"up": up, "down": down, "magnitude": norms}, norms * moved / moved.norm(dim=1, keepdim=True)),
+    }[algebra]
+    apply(planned(owner, slots), "x")
+    torch.testing.assert_close(owner.table, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (1, 6, 8), (6, 1, 8)], ids=str)
+def test_ones_in_its_shape_do_not_matter(shape: tuple[int, ...]) -> None:
+    change, value = torch.randn(1, 6, 8).double(), torch.randn(6, 8).double()
+    up, down = torch.randn(6, 2).double(), torch.randn(2, 8).double()
+    for slots in ({"diff": change}, {"up": up, "down": down}, {"set_weight": value}):
+        owner = Owner(*shape)
+        base = owner.table.view(6, 8).clone()
+        wanted = value if "set_weight" in slots else base + (change[0] if "diff" in slots else up @ down)
+        apply(planned(owner, slots), "x")
+        torch.testing.assert_close(owner.table, wanted.view(shape), rtol=1e-12, atol=1e-12)
+
+
+REFUSED: Mapping[str, dict[str, Tensor]] = {
+    "transposed": {"diff": torch.ones(8, 6)},
+    "regrouped": {"up": torch.ones(4, 2), "down": torch.ones(2, 12)},
+    "a replaced value, transposed": {"set_weight": torch.ones(8, 6)},
+    "gains of other rows": {"weight": torch.ones(8), "on_input": torch.tensor(0)},
+    "gains of other columns": {"ia3_l": torch.ones(1, 6)},
+    "a rotation of other rows": {"oft_blocks": torch.ones(4, 2, 2)},
+    "a rotation of other columns": {"oft_R": torch.ones(3, 1)},
+}
+
+
+@pytest.mark.parametrize("slots", REFUSED.values(), ids=REFUSED)
+def test_as_many_numbers_in_another_arrangement_are_refused(slots: dict[str, Tensor]) -> None:
+    (problem,) = planned(Owner(6, 8), slots).problems
+    assert "(6, 8)" in problem
+
+
+@pytest.mark.parametrize("on_input", [0, 1])
+def test_gains_of_a_vector_are_those_of_a_column(on_input: int) -> None:
+    owner = Owner(6)
+    base, gains = owner.table.clone(), torch.randn(6).double()
+    plan = planned(owner, {"weight": gains, "on_input": torch.tensor(on_input)})
+    assert len(plan.problems) == on_input
+    if not on_input:
+        apply(plan, "x")
+        torch.testing.assert_close(owner.table, base * (1 + gains), rtol=1e-12, atol=1e-12)
 
 
 def test_a_failure_on_the_way_takes_the_value_back(monkeypatch: pytest.MonkeyPatch) -> None:
