@@ -166,6 +166,24 @@ def test_the_last_of_a_list_holds_and_what_is_too_much_is_left(values: list[floa
     assert seen == expected
 
 
+@pytest.mark.parametrize("family", ["sd15", "flux1"])
+def test_a_list_in_an_adapters_place_is_a_weight_for_each_step(family: str) -> None:
+    pipe = adapted(family)
+    denoiser = "unet" if family == "sd15" else "transformer"
+    for names, weights in ((["a"], [[0.0, 0.5, 1.0]]), (["a", "b"], [{denoiser: (0.0, 0.5, 1.0)}, 0.25])):
+        pipe.set_adapters(names, weights)
+        with observed(pipe) as seen:
+            draw(pipe)
+        assert seen == [0.0, 0.5, 1.0, 1.0]
+    before = draw(pipe)
+    for weights in ([0.0, 0.5, 1.0], [["x"]], [[]]):
+        with pytest.raises(ll.AdapterStateError, match="PerStep"):
+            pipe.set_adapters("a", weights)
+    with pytest.raises(ll.AdapterStateError, match="PerStep"):
+        getattr(pipe, denoiser).set_adapters("a", [[0.0, 0.5]])
+    assert torch.equal(draw(pipe), before)
+
+
 def test_the_users_callback_goes_first_and_its_tensors_are_heeded() -> None:
     pipe, plain = adapted("sd15"), adapted("sd15")
 
