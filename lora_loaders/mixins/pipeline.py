@@ -238,8 +238,11 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     def unload_lora_weights(self, reset_to_overwritten_params: bool = True, *, keep_fused: bool | None = None) -> None:
         """Take all adapters out of every component; widened input layers become narrow again.
 
+        Room that `enable_lora_hotswap` made stays in compiled components, which would compile again without it.
+
         Args:
-            reset_to_overwritten_params: False leaves input layers wide that a Control file widened.
+            reset_to_overwritten_params: False leaves input layers wide that a Control file widened, as diffusers' Flux
+                does unless it is told; True is the default here, because a plain pipeline fails with a wide one.
             keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in.
 
         Raises:
@@ -255,7 +258,8 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         if not keep_fused:
             fusing.unfuse_all(self._adapted())
         for model in self.lora_components.values():
-            activity.unload(model, keep_fused=keep_fused, keep_wide=not reset_to_overwritten_params)
+            keep_wide = not reset_to_overwritten_params
+            activity.unload(model, keep_fused=keep_fused, keep_wide=keep_wide, keep_room=True)
 
     def _present(self, adapter_names: Any) -> list[str]:
         """The names that are asked for, each of which some component has."""
