@@ -10,6 +10,7 @@ from .attaching import detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
 from .gates import exclusive
+from .integrations.scale import is_compiled
 from .layers.arrangement import switch
 from .layers.layer import AdapterLayer
 from .layers.slots import refresh, reweigh
@@ -188,7 +189,9 @@ def delete(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @exclusive()
-def unload(model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool = False) -> None:
+def unload(
+    model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool = False, keep_room: bool = False
+) -> None:
     """Take all adapters out, and the room that was reserved for them.
 
     Args:
@@ -196,6 +199,7 @@ def unload(model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool 
         keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in for
             good (the record for unfusing goes).
         keep_wide: whether input layers that a Control file widened stay wide.
+        keep_room: whether the room stays in a model that is compiled, which would compile again without it.
 
     Raises:
         AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
@@ -215,7 +219,7 @@ def unload(model: nn.Module, *, keep_fused: bool | None = None, keep_wide: bool 
         for _, layer in adapter_layers(model):
             layer.narrow_bases = ()
     shared = shared_of(model)
-    if shared is not None and shared.reserved:
+    if shared is not None and shared.reserved and not (keep_room and is_compiled(model)):
         shared.reserved = 0
         if not adapter_names(model):
             unwatch(model)

@@ -199,6 +199,8 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
 def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Take adapters out; a layer that is left with none goes, and the module that stood there returns.
 
+    Where room is reserved the layer stays, empty and as narrow as it was.
+
     Args:
         model: the model.
         names: adapters to take out; all of them if None.
@@ -208,10 +210,13 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
     for path, layer in adapter_layers(model):
         for name in [name for name in layer.templates if wanted is None or name in wanted]:
             layer.remove(name)
-        if layer.templates or layer.fused is not None or layer.shared.reserved:
+        if layer.templates or layer.fused is not None:
+            kept.append(layer)
+            continue
+        narrow(layer, model)
+        if layer.shared.reserved:
             kept.append(layer)
         else:
-            narrow(layer, model)
             parent_path, _, child = path.rpartition(".")
             parent = submodule_at(model, parent_path) if parent_path else model
             assert parent is not None

@@ -62,6 +62,8 @@ class Gate:
         self._scale = 1.0
         self._scaled: dict[int, list[tuple[float, bool]]] = {}
         """Thread -> the scale outside of each use of another one, and whether that use is a forward."""
+        self.turn = threading.RLock()
+        """Held by the pipeline's call that the model's scheduled weights follow: they can follow one at a time."""
         self.has_bases = False
         """Whether a change is under way for which weights that are kept on disk were read into memory."""
         self.version = 0

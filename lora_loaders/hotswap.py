@@ -51,7 +51,7 @@ def reserve(
     if rank <= 0:
         raise ValueError(f"target_rank is a positive number, not {rank}")
     if check_compiled not in ("error", "warn", "ignore"):
-        raise ValueError(
+        raise ValueError(  # in diffusers' words, slip included: its tests match them
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
         )
     with changing(models.values()):

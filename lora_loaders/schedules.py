@@ -56,6 +56,11 @@ def is_scheduled(weight: Any) -> bool:
     return isinstance(weight, PerStep) or callable(weight)
 
 
+def per_step(weight: Any) -> Any:
+    """The `PerStep` that a list in the place of one adapter's number means; any other weight as it is."""
+    return PerStep(weight) if isinstance(weight, (list, tuple)) else weight
+
+
 def at_step(weight: Any, step: Step, name: str) -> Any:
     """The weight of an adapter at a step, in the same shape and with numbers only.
 

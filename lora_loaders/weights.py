@@ -26,7 +26,7 @@ def one_each(names: Sequence[str], weights: Any) -> list[Any]:
     if len(given) != len(names):
         raise AdapterStateError(
             f"Length of adapter names {len(names)} is not equal to the length of the weights {len(given)}",
-            mend="Give one number for all, or one for each adapter.",
+            mend="Give one number for all, or one for each adapter; one for each step is ll.PerStep([…]).",
             state="Nothing was changed.",
         )
     return given
@@ -60,7 +60,8 @@ def _has_no_dimension(weight: Any) -> bool:
 
 def _nonumber(weight: Any) -> AdapterStateError:
     shown = repr(weight) if isinstance(weight, str) else f"a {type(weight).__name__}"
-    mend = "Give a number, a dictionary of numbers by component or block, or a list with one of these an adapter."
+    mend = "Give a number, a dictionary of numbers by component or block, or a list with one of these an adapter; "
+    mend += "one for each step is ll.PerStep([…])."
     return AdapterStateError(f"an adapter weight is a number, not {shown}", mend=mend, state="Nothing was changed.")
 
 

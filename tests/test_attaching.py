@@ -376,6 +376,18 @@ def test_a_control_file_widens_the_input_layer_and_the_configuration() -> None:
     assert before.differences(photograph(pipe)) == []
 
 
+def test_an_empty_slot_that_stays_is_as_narrow_as_before_a_control_file() -> None:
+    pipe: Any = ll.attach(pipeline("flux1-control"))
+    with torch.no_grad():
+        plain = pipe.transformer(**flux_inputs(16)).sample
+        pipe.enable_lora_hotswap(target_rank=8)
+        for _ in range(2):
+            pipe.load_lora_weights(control_file(pipe).tensors, "control")
+            pipe.delete_adapters("control")
+            assert pipe.transformer.config.in_channels == 16
+            assert torch.equal(pipe.transformer(**flux_inputs(16)).sample, plain)
+
+
 def test_a_control_file_is_a_clear_error_for_a_plain_pipeline() -> None:
     pipe: Any = ll.attach(pipeline("flux1"))
     before = photograph(pipe)

@@ -277,6 +277,29 @@ def test_reserved_room_changes_nothing_and_goes_with_unloading() -> None:
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_room_in_a_compiled_model_outlasts_unloading(way: str) -> None:
+    model, pipe = fresh(), pipeline("flux1")
+    before = {name: type(module) for name, module in model.named_modules()}
+    pipe.transformer = model
+    ll.attach(pipe).enable_lora_hotswap(target_rank=RANK, targets={"transformer": "all-linear"})
+    (a, of_a), (b, of_b) = made_for(["to_q", "to_k"], 4, 1), made_for(["to_v", "proj_mlp"], 8, 2)
+    pipe.transformer = WAYS[way](model, backend="eager", fullgraph=True)
+    check(pipe.transformer, wanted())
+    with no_recompile:
+        for tensors, changes in ((a, of_a), (b, of_b)):
+            pipe.load_lora_weights(tensors, adapter_name="a")
+            check(pipe.transformer, wanted((1.0, changes)))
+            pipe.unload_lora_weights()
+            check(pipe.transformer, wanted())
+        pipe.load_lora_weights(a, adapter_name="a")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights(keep_fused=True)
+        check(pipe.transformer, wanted((1.0, of_a)))
+    model.unload()  # PEFT's name asks for the plain model
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
 @pytest.mark.parametrize("targets", [["no_such"], {"vae": ["to_q"]}, {"transformer": ["to_q"], "text_encoder": ["no"]}])
 def test_targets_that_mean_nothing_change_nothing(targets: Any) -> None:
     pipe: Any = ll.attach(pipeline("flux1"))

@@ -29,6 +29,22 @@ def test_what_passes_with_peft_and_does_not_pass_here_is_found(script: Any, outc
     assert unexplained == [f"{FLUX}::T::test_b: {outcome or 'missing'}"]
 
 
+def test_what_neither_side_tries_is_counted_by_the_first_word_in_its_name(script: Any) -> None:
+    skipped = ["hotswap_compiled", "compile", "group_offloading", "cpu_offload", "bnb_Quantization", "scale", "more"]
+    theirs = {FLUX: {f"T::test_{name}": "skipped" for name in skipped} | {"T::test_b": "failed", "T::test_c": "failed"}}
+    ours = {FLUX: theirs[FLUX] | {"T::test_more": "passed", "T::test_c": "passed"}}
+    text = " ".join(script.untried(ours, theirs))
+    assert "6 tests are skipped" in text
+    assert "hotswap 1, compile 1, group 1, offload 1, quant 1, others 1" in text
+    assert "**1 tests fail on both sides**" in text
+    assert f"`{FLUX}`, 1: nobody knows why" in text
+
+
+def test_every_test_that_fails_with_peft_has_its_reason(script: Any) -> None:
+    failing = {file for file, tests in script.read_baseline().items() if "failed" in tests.values()}
+    assert failing == dict(script.FAILING).keys()
+
+
 def test_a_file_that_was_not_collected_is_found(script: Any) -> None:
     _, unexplained = script.compare({}, {FLUX: {"T::test_a": "passed"}}, [])
     assert unexplained == [f"{FLUX}::T::test_a: missing"]

@@ -219,6 +219,41 @@ def test_what_diffusers_warns_of_is_a_warning_on_its_logger(caplog: pytest.LogCa
 
 
 @pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("level", ["pipeline", "model"])
+def test_what_is_fused_stays_in_the_weights_when_it_is_unloaded_and_saved(
+    level: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, plain = pipeline("flux1"), pipeline("flux1")
+    made: Made = adapter_file(pipe, components=["transformer"])
+    pipe.load_lora_weights(made.tensors, adapter_name="a")
+    add_changes(plain, made)
+    expected = render(plain)
+    logger = "diffusers.loaders.lora_base" if level == "pipeline" else "diffusers.loaders.peft"
+    caplog.set_level(logging.WARNING, logger)
+    logging.getLogger(logger).addHandler(caplog.handler)
+    if level == "pipeline":
+        pipe.fuse_lora(lora_scale=1.0)
+        pipe.unload_lora_weights()
+    else:
+        pipe.transformer.fuse_lora()
+        pipe.transformer.unload_lora()
+    said = {record.name for record in caplog.records if "a is fused into the weights and stays" in record.getMessage()}
+    assert said == {logger}
+    assert (pipe.fused_loras, pipe.get_list_adapters()) == (set(), {})
+    fused = render(pipe)
+    torch.testing.assert_close(fused, expected, rtol=1e-3, atol=1e-4)
+    pipe.unfuse_lora()  # as in diffusers, there is nothing left to take out
+    assert torch.equal(render(pipe), fused)
+    pipe.save_pretrained(tmp_path)
+    saved = type(pipe.transformer).from_pretrained(tmp_path / "transformer").state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in pipe.transformer.state_dict().items())
+    pipe.load_lora_weights(made.tensors, adapter_name="a")
+    pipe.fuse_lora()
+    with pytest.raises(ll.AdapterStateError, match="is fused"):
+        ll.attach(pipe).unload_lora_weights()
+
+
+@pytest.mark.usefixtures("patched")
 def test_saving_a_whole_pipeline_writes_plain_keys_and_says_what_it_leaves_out(
     tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

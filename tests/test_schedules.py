@@ -166,6 +166,24 @@ def test_the_last_of_a_list_holds_and_what_is_too_much_is_left(values: list[floa
     assert seen == expected
 
 
+@pytest.mark.parametrize("family", ["sd15", "flux1"])
+def test_a_list_in_an_adapters_place_is_a_weight_for_each_step(family: str) -> None:
+    pipe = adapted(family)
+    denoiser = "unet" if family == "sd15" else "transformer"
+    for names, weights in ((["a"], [[0.0, 0.5, 1.0]]), (["a", "b"], [{denoiser: (0.0, 0.5, 1.0)}, 0.25])):
+        pipe.set_adapters(names, weights)
+        with observed(pipe) as seen:
+            draw(pipe)
+        assert seen == [0.0, 0.5, 1.0, 1.0]
+    before = draw(pipe)
+    for weights in ([0.0, 0.5, 1.0], [["x"]], [[]]):
+        with pytest.raises(ll.AdapterStateError, match="PerStep"):
+            pipe.set_adapters("a", weights)
+    with pytest.raises(ll.AdapterStateError, match="PerStep"):
+        getattr(pipe, denoiser).set_adapters("a", [[0.0, 0.5]])
+    assert torch.equal(draw(pipe), before)
+
+
 def test_the_users_callback_goes_first_and_its_tensors_are_heeded() -> None:
     pipe, plain = adapted("sd15"), adapted("sd15")
 
@@ -592,3 +610,43 @@ def test_a_forward_in_another_thread_sees_one_step_whole() -> None:
     thread.join()
     assert seen
     assert [one for one in seen if not any(torch.equal(one, other) for other in wanted)] == []
+
+
+def test_calls_of_two_threads_that_share_a_scheduled_model_take_turns() -> None:
+    def interrupt(pipe: Any, index: int, time: Any, tensors: Any) -> Any:
+        raise KeyError(index)
+
+    first = adapted("flux1")
+    first.set_adapters(["a", "b"], [one_minus, ll.PerStep([0.25, 0.5, 2.0])])
+    second = ll.attach(type(first)(**{**first.components, "scheduler": copy.deepcopy(first.scheduler)}))
+    second.set_progress_bar_config(disable=True)
+    expected = {first: draw(first), second: draw(second, 3)}
+    assert not torch.equal(*expected.values())
+    with pytest.raises(KeyError):
+        draw(first, callback_on_step_end=interrupt)  # a call that fails holds nothing any more
+    inside, over = threading.Event(), threading.Event()
+
+    def wait(pipe: Any, index: int, time: Any, tensors: Any) -> Any:
+        if index == 1:
+            inside.set()
+            assert not over.wait(1)  # the second call waits, however long this one takes
+            draw(second, 1)  # a call within the call does not
+        return tensors
+
+    found: dict[Any, Tensor] = {}
+
+    def run_first() -> None:
+        found[first] = draw(first, callback_on_step_end=wait)
+
+    def run_second() -> None:
+        inside.wait(30)
+        found[second] = draw(second, 3)
+        over.set()
+
+    threads = [threading.Thread(target=run, daemon=True) for run in (run_first, run_second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found.keys() == expected.keys(), "threads wait for each other"
+    assert all(torch.equal(found[pipe], picture) for pipe, picture in expected.items())

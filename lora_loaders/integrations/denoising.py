@@ -7,7 +7,7 @@ scheduler's `step`. At rest the weights are those of progress 0, so that the fir
 import functools
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_loaders.activity import follow
 from lora_loaders.errors import AdapterStateError
-from lora_loaders.gates import changing
+from lora_loaders.gates import changing, gate_of
 from lora_loaders.layout import shared_of
 from lora_loaders.schedules import START, Step
 
@@ -28,20 +28,34 @@ INPUTS = "callback_on_step_end_tensor_inputs"
 def follow_call(
     pipeline: Any, call: Callable[..., Any], models: Sequence[nn.Module], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """A pipeline's call, `call`, in which the scheduled weights of these models follow the denoising."""
+    """A pipeline's call, `call`, in which the scheduled weights of these models follow the denoising.
+
+    Calls of several threads with scheduled weights of one model take turns.
+    """
     models = [model for model in models if _schedules(model)]
     if not models:
         return call(*args, **kwargs)
-    try:
-        signature = inspect.signature(call)
-        if CALLBACK in signature.parameters:
-            given = signature.bind_partial(*args, **kwargs)
-            given.arguments.update(_composed(pipeline, models, given.arguments))
-            return call(*given.args, **given.kwargs)
-        with _counted(_scheduler(pipeline), models):
-            return call(*args, **kwargs)
-    finally:
-        _go(models, START)
+    with _turn(models):
+        try:
+            signature = inspect.signature(call)
+            if CALLBACK in signature.parameters:
+                given = signature.bind_partial(*args, **kwargs)
+                given.arguments.update(_composed(pipeline, models, given.arguments))
+                return call(*given.args, **given.kwargs)
+            with _counted(_scheduler(pipeline), models):
+                return call(*args, **kwargs)
+        finally:
+            _go(models, START)
+
+
+@contextmanager
+def _turn(models: Sequence[nn.Module]) -> Generator[None]:
+    """These models for this thread's call alone, among those that schedules follow."""
+    with ExitStack() as stack:
+        # In one order everywhere, so that two calls with the same two models never wait for each other.
+        for gate in sorted({gate_of(model) for model in models}, key=id):
+            stack.enter_context(gate.turn)
+        yield
 
 
 def _schedules(model: nn.Module) -> bool:

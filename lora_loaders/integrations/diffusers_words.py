@@ -5,13 +5,14 @@ Code that was written for diffusers goes on after a warning; its tests and its u
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from lora_loaders.errors import NothingFitsError, UnknownFormatError
 from lora_loaders.formats import NO_SUFFIX
+from lora_loaders.fusing import fused_adapters
 from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport
 from lora_loaders.mixins.class_or_instance import class_or_instance
@@ -123,6 +124,28 @@ def _means(pipeline: Any, key: str) -> bool:
     return key in (*components, "down", "mid", "up") or any(is_under(path, key) for path in paths)
 
 
+def _leaves(fused: Collection[str], keep_fused: bool | None, logger: logging.Logger) -> bool | None:
+    """What becomes of fused adapters: they stay in the weights where nobody says, as in diffusers, with a warning."""
+    if keep_fused is None and fused:
+        text = "%s is fused into the weights and stays there for good. Call unfuse_lora() first for the plain weights."
+        logger.warning(text, ", ".join(sorted(fused)))
+        return True
+    return keep_fused
+
+
+@functools.wraps(LoraPipelineMixin.unload_lora_weights)
+def unload_lora_weights(self: Any, reset_to_overwritten_params: bool = True, *, keep_fused: bool | None = None) -> None:
+    """Warn of what is fused, and leave it in the weights."""
+    keep_fused = _leaves(self.fused_loras, keep_fused, OF_BASE)
+    LoraPipelineMixin.unload_lora_weights(self, reset_to_overwritten_params, keep_fused=keep_fused)
+
+
+@functools.wraps(LoraModelMixin.unload_lora)
+def unload_lora(self: Any, keep_fused: bool | None = None) -> None:
+    """Warn of what is fused, and leave it in the weights."""
+    LoraModelMixin.unload_lora(self, _leaves(fused_adapters(self), keep_fused, OF_MODELS))
+
+
 @functools.wraps(LoraModelMixin.load_lora_adapter)
 def load_lora_adapter(
     self: Any,
@@ -169,11 +192,13 @@ def _norm_layers(self: nn.Module) -> dict[str, Any] | None:
 PIPELINE_WORDS: dict[str, Any] = {
     "load_lora_weights": load_lora_weights,
     "set_adapters": set_adapters,
+    "unload_lora_weights": unload_lora_weights,
     "load_lora_into_unet": _into("load_lora_into_unet", "unet", OF_MODELS),
     "load_lora_into_transformer": _into("load_lora_into_transformer", "transformer", OF_MODELS),
     "load_lora_into_text_encoder": _into("load_lora_into_text_encoder", "text_encoder", OF_BASE),
 }
 MODEL_WORDS: dict[str, Any] = {
     "load_lora_adapter": load_lora_adapter,
+    "unload_lora": unload_lora,
     "_transformer_norm_layers": property(_norm_layers),
 }

@@ -57,7 +57,8 @@ def patch_diffusers() -> None:
     Working code needs no other change: names, signatures and return values are diffusers', `scale` in the attention
     arguments and `lora_scale` are honoured, and peft may be installed or not. What diffusers only warns of (a file in
     which nothing fits, unknown components in `set_adapters`) is a warning here too, on diffusers' own loggers, while
-    `attach` raises. Does nothing where it is done. `unpatch_diffusers` takes all of it back.
+    `attach` raises; and what is fused stays in the weights when it is unloaded. Does nothing where it is done.
+    `unpatch_diffusers` takes all of it back.
     """
     if _changes.done:
         return

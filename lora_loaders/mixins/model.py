@@ -240,8 +240,8 @@ class LoraModelMixin(nn.Module):
         activity.delete(self, names)
 
     def unload_lora(self, keep_fused: bool | None = None) -> None:
-        """Take all adapters out; see `activity.unload`."""
-        activity.unload(self, keep_fused=keep_fused)
+        """Take all adapters out; room for hot-swapping stays if the model is compiled. See `activity.unload`."""
+        activity.unload(self, keep_fused=keep_fused, keep_room=True)
 
     def enable_lora_hotswap(
         self, target_rank: int = 128, check_compiled: Check = "error", *, targets: Targets | None = None

@@ -24,6 +24,7 @@ from lora_loaders.integrations.scale import encode_scaled, scale_argument, scale
 from lora_loaders.layout import adapter_layers
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, may_widen
 from lora_loaders.saving import as_plain
+from lora_loaders.schedules import per_step
 from lora_loaders.weights import for_component, nested, number, one_each
 
 from .around import around_own
@@ -185,8 +186,8 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
             adapter_names: one name or several.
             adapter_weights: a number for all; a list with one entry each; an entry may be a dictionary by component,
                 and a component's entry a dictionary by block (see `weights.by_path`). In a number's place may stand a
-                function of the denoising progress, which is 0 in the first step and 1 in the last, or a `PerStep`;
-                outside the pipeline's calls its first value holds.
+                function of the denoising progress, which is 0 in the first step and 1 in the last, or a `PerStep`
+                (an adapter's own list is one: `[[0, 0.5, 1]]`); outside the pipeline's calls its first value holds.
 
         Raises:
             AdapterStateError: an unknown name, component or block, or a list of another length, or a function that
@@ -202,7 +203,8 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         snapshots = {name: activity.snapshot(model) for name, model in components.items()}
         try:
             for component, model in components.items():
-                activity.set_active(model, names, [for_component(w, component, components) for w in weights])
+                own = [per_step(for_component(weight, component, components)) for weight in weights]
+                activity.set_active(model, names, own)
         except BaseException:
             for name, model in components.items():
                 activity.restore(model, snapshots[name])
@@ -236,8 +238,11 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
     def unload_lora_weights(self, reset_to_overwritten_params: bool = True, *, keep_fused: bool | None = None) -> None:
         """Take all adapters out of every component; widened input layers become narrow again.
 
+        Room that `enable_lora_hotswap` made stays in compiled components, which would compile again without it.
+
         Args:
-            reset_to_overwritten_params: False leaves input layers wide that a Control file widened.
+            reset_to_overwritten_params: False leaves input layers wide that a Control file widened, as diffusers' Flux
+                does unless it is told; True is the default here, because a plain pipeline fails with a wide one.
             keep_fused: what becomes of fused adapters: False takes them out of the weights first, True leaves them in.
 
         Raises:
@@ -253,7 +258,8 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         if not keep_fused:
             fusing.unfuse_all(self._adapted())
         for model in self.lora_components.values():
-            activity.unload(model, keep_fused=keep_fused, keep_wide=not reset_to_overwritten_params)
+            keep_wide = not reset_to_overwritten_params
+            activity.unload(model, keep_fused=keep_fused, keep_wide=keep_wide, keep_room=True)
 
     def _present(self, adapter_names: Any) -> list[str]:
         """The names that are asked for, each of which some component has."""
