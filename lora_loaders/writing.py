@@ -41,6 +41,8 @@ class _Writing:
     """Those of them, as `component.name`, that are under DoRA."""
     tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
+    changes: list[Delta] = field(default_factory=list[Delta])
+    """Every delta as it is written."""
     problems: list[str] = field(default_factory=list[str])
     mends: list[str] = field(default_factory=list[str])
 
@@ -92,7 +94,9 @@ def to_tensors(
             mend=" ".join(writing.mends) or MEND,
             state="Nothing was written.",
         )
-    return writing.tensors, metadata_of(adapter, form, writing.alphas, writing.doras), config
+    tuner = config if writing.tuned else {}
+    metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    return writing.tensors, metadata, config
 
 
 def write_adapter(
@@ -316,6 +320,7 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
         writing.tensors[f"{prefix}{written}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
+    writing.changes.append(inner)
     alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta):
         writing.alphas.setdefault(component, {})[name] = inner
