@@ -79,6 +79,12 @@ def control() -> Tensors:
     return flux() | pair("transformer.x_embedder", WIDTH, 128)
 
 
+def anima(*names: str) -> Tensors:
+    text = ("attn2.to_k", "attn2.to_v")
+    parts = [(f"transformer.transformer_blocks.{i}.{name}", name) for i in range(28) for name in names]
+    return {k: t for path, name in parts for k, t in pair(path, 2048, 1024 if name in text else 2048).items()}
+
+
 FILES = {
     # ostris/Flex.1-alpha and Freepik/flux.1-lite: Flux.1 with 8 of its 19 double blocks; Bria FIBO has as many.
     "flux1, pruned": ("flux1", flux(8)),
@@ -90,6 +96,9 @@ FILES = {
         blocks("transformer_blocks", 28, [f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")], 4096),
     ),
     "bria": ("bria", flux(8, 28)),
+    # LTX has as many blocks as wide: only the 1024 features of the text tell them apart.
+    "anima, queries and values": ("anima", anima("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")),
+    "anima, queries and keys": ("anima", anima("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k")),
 }
 
 
