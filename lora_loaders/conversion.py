@@ -117,9 +117,9 @@ def parse(
     modules, left, spelling = read_modules(list(contents.tensors))
     modules = _joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
-    known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
         raise _no_adapter(contents.label, left)
+    known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
     scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
@@ -150,6 +150,7 @@ def parse(
         ignored=reading.ignored,
         unresolved=tuple(reading.unresolved),
         source=contents.label,
+        ties=ties,
     )
 
 

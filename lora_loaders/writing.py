@@ -117,7 +117,8 @@ def write_adapter(
         format: see `lora_loaders.formats`.
         dtype: floating dtype to write in; as it is by default.
         overwrite: whether an existing file may be replaced.
-        families: where the adapter's family is looked up; pass your own beside `FAMILIES` to add one.
+        families: where the adapter's family is looked up, which it knows by name alone: pass those again that it was
+            read with.
 
     Returns:
         The path of the file.

@@ -183,7 +183,9 @@ def test_another_version_looks_at_every_file_again(source: Path, monkeypatch: py
     go(source)
     monkeypatch.setattr("lora_loaders.batch.__version__", "99")
     parsed: list[object] = []
-    monkeypatch.setattr("lora_loaders.batch.parse", lambda *words: parsed.append(words) or parse(*words))
+    monkeypatch.setattr(
+        "lora_loaders.batch.parse", lambda *words, **more: parsed.append(words) or parse(*words, **more)
+    )
     assert statuses(go(source)) == dict.fromkeys(NAMES, "unchanged")
     assert len(parsed) == len(NAMES)
 
