@@ -157,7 +157,7 @@ def parse(
 def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:
     """The error for a file without a change in it."""
     problems = [f"{key}: {reason}" for key, reason in left.items()]
-    own = sum(key.endswith((".weight", ".bias", ".scale")) for key in left)
+    own = sum(key.endswith((".weight", ".bias", ".scale")) and "lora_" not in key for key in left)
     if own * 2 > len(left):
         return CheckpointError(
             f"{label} is a checkpoint, no adapter: {own} of its {len(left)} keys are weights of a model, none a change",

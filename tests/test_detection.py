@@ -62,6 +62,13 @@ def test_keys_that_adapters_have_too_make_no_adapter_of_a_checkpoint(key: str) -
         ll.read_adapter(weights)
 
 
+def test_factors_of_an_unknown_make_no_checkpoint() -> None:
+    keys = {f"blocks.0.{name}.lora_C.weight": torch.ones(4, 4) for name in ("q", "k", "v")}
+    with pytest.raises(ll.UnknownFormatError, match="none of its 3 keys") as caught:
+        ll.read_adapter(keys)
+    assert not isinstance(caught.value, ll.CheckpointError)
+
+
 def test_norms_beside_changes_are_an_adapters_though_plain_weights_stand_beside() -> None:
     norm = "double_blocks.0.img_attn.norm.key_norm.scale"
     adapter = ll.read_adapter(
