@@ -212,13 +212,16 @@ def _files_below(source: Path, target: Path, allow_pickle: bool) -> tuple[list[P
         raise AdapterFileError(
             f"{source} is the source and the target", mend="Choose another folder.", state="Nothing was written."
         )
-    below = [file for file in sorted(source.rglob("*")) if file.suffix in (".safetensors", *PICKLES) and file.is_file()]
-    aside = target.resolve()
+    # Links to nothing are among them: they fail by themselves, and are said to.
+    below = [
+        file for file in sorted(source.rglob("*")) if file.suffix in (".safetensors", *PICKLES) and not file.is_dir()
+    ]
+    aside = os.path.realpath(target)
     seen = [
         file
         for file in below
         if not any(part.startswith(".") for part in file.relative_to(source).parts)
-        and not file.resolve().is_relative_to(aside)
+        and not Path(os.path.realpath(file)).is_relative_to(aside)
     ]
     files = [file for file in seen if file.suffix in endings]
     if not files:

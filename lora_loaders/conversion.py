@@ -123,11 +123,14 @@ def parse(
     scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
+    malformed = 0
     for module in modules:
+        before = len(reading.problems)
         _bind(module, reading)
+        malformed += len(reading.problems) > before  # a fused module has a problem for each of its targets
     if reading.problems:
         raise MalformedAdapterError(
-            f"{contents.label} ({spelling}): {len(reading.problems)} of {len(modules)} modules are malformed",
+            f"{contents.label} ({spelling}): {malformed} of {len(modules)} modules are malformed",
             problems=reading.problems,
             mend="The file is damaged, or its trainer writes something that is not known yet.",
             state=UNTOUCHED,

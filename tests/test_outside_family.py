@@ -114,6 +114,7 @@ def test_its_adapter_loads_into_a_live_model(file: Path) -> None:
     model = YoursTransformer()
     plan = ll.plan(model, ll.read_adapter(file, families=FAMILIES))
     assert len(plan.matched) == 6
+    assert repr(plan) == f"<AttachPlan kohya, yours ({file}; transformer: 6 modules)>"
     assert not plan.problems
     assert not plan.unmatched
 
