@@ -593,3 +593,23 @@ def test_frame_rate_of_skyreels_is_read_by_its_original_names() -> None:
     file.lora("diffusion_model.fps_projection.0", "transformer.fps_projection.net.0.proj", H, H)
     file.lora("diffusion_model.fps_projection.2", "transformer.fps_projection.net.2", 6 * H, H)
     assert_says(file.read(), file.expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "stem", "target", "advised"),
+    [
+        ("z-image", "layers.0.attention.qkv", "kohya", "(original, bfl)"),  # whose trainers split
+        ("flux1", "double_blocks.0.img_attn.qkv", "lycoris", "(kohya, original, bfl)"),
+    ],
+)
+def test_the_formats_advised_for_a_part_of_a_fused_module_can_say_it(
+    family: str, stem: str, target: str, advised: str
+) -> None:
+    name = f"diffusion_model.{stem}"
+    keys = {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(24, 8)}
+    adapter = read_adapter(keys, family=family)
+    with pytest.raises(ConversionError) as caught:
+        to_tensors(adapter, target)
+    assert f"fused names {advised}" in caught.value.mend
+    for form in advised.strip("()").split(", "):
+        assert [key for key in to_tensors(adapter, form)[0] if key.endswith(".lokr_w2")]
