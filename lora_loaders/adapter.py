@@ -45,6 +45,7 @@ class Adapter:
         ignored: key in the file -> why it was left out.
         unresolved: modules that found no place by name.
         source: what it was read from, for messages.
+        ties: families that its names and shapes fit as well as `family`; empty where the caller or a model named it.
     """
 
     deltas: Mapping[str, Mapping[str, Delta]]
@@ -56,6 +57,7 @@ class Adapter:
     ignored: Mapping[str, str] = field(default_factory=dict[str, str])
     unresolved: tuple[Unresolved, ...] = ()
     source: str = "a dictionary"
+    ties: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{component}: {count} modules" for component, count in self.components.items())

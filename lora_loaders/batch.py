@@ -17,6 +17,7 @@ from .adapter import Adapter
 from .conversion import parse
 from .converting import convert
 from .errors import AdapterFileError
+from .families import FAMILIES, Family
 from .files import atomic, read
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
 from .version import __version__
@@ -41,6 +42,7 @@ class Outcome:
         settings: format, family, dtype and version of this package, which together with the source decide the target.
         read_as: format and family that were found.
         left_out: reason -> number of keys that are not in the target for it.
+        also_fits: families that names and shapes fit as well as the one that was found.
     """
 
     source: str
@@ -52,6 +54,7 @@ class Outcome:
     settings: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     read_as: str | None = None
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    also_fits: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class _Batch:
     overwrite: bool
     allow_pickle: bool
     earlier: Mapping[str, Outcome]
+    families: Sequence[Family]
 
     def convert(self, source: Path) -> Outcome:
         """Convert one file unless an earlier run did; whatever goes wrong with it is in the outcome."""
@@ -78,10 +82,11 @@ class _Batch:
             if self._is_finished(outcome, target):
                 return replace(self.earlier[outcome.source], status="unchanged")
             self._check_name(source)
-            adapter = parse(read(source, allow_pickle=self.allow_pickle, lazily=True), self.settings["family"])
+            contents = read(source, allow_pickle=self.allow_pickle, lazily=True)
+            adapter = parse(contents, self.settings["family"], families=self.families)
             reasons = list(adapter.ignored.values())
             left_out = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
-            outcome = replace(outcome, read_as=adapter.describe(), left_out=left_out)
+            outcome = replace(outcome, read_as=adapter.describe(), left_out=left_out, also_fits=adapter.ties)
             status = self._write(adapter, target)
             return replace(outcome, status=status, target_sha256=digest(target))
         except Exception as error:  # of any kind: one bad file never stops the rest
@@ -115,7 +120,8 @@ class _Batch:
         )
 
     def _convert(self, adapter: Adapter, target: Path) -> Path:
-        return convert(adapter, target, format=str(self.settings["format"]), dtype=self.dtype)
+        form = str(self.settings["format"])
+        return convert(adapter, target, format=form, dtype=self.dtype, families=self.families)
 
 
 def convert_folder(
@@ -130,6 +136,7 @@ def convert_folder(
     jobs: int | None = None,
     report: str | os.PathLike[str] | None = None,
     progress: Callable[[int, Outcome | None], None] = lambda total, outcome: None,
+    families: Sequence[Family] = FAMILIES,
 ) -> list[Outcome]:
     """Convert every adapter file below a folder; sub-folders and names are kept, and one bad file never stops the rest.
 
@@ -147,6 +154,7 @@ def convert_folder(
         jobs: files at a time; up to four by default.
         report: JSON lines, one a file; `conversion_report.jsonl` in `target` by default.
         progress: called with the number of files, first with None and then with each outcome.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: there is no such folder, nothing in it, or it is the target too.
@@ -158,7 +166,7 @@ def convert_folder(
     outcomes = _earlier(report)
     settings = {"format": format, "family": family, "dtype": str(dtype) if dtype else None}
     settings["version"] = __version__
-    batch = _Batch(source, target, settings, dtype, overwrite, allow_pickle, dict(outcomes))
+    batch = _Batch(source, target, settings, dtype, overwrite, allow_pickle, dict(outcomes), families)
     _write_report(report, outcomes)
     lock = threading.Lock()
     done: list[Outcome] = []
@@ -204,13 +212,16 @@ def _files_below(source: Path, target: Path, allow_pickle: bool) -> tuple[list[P
         raise AdapterFileError(
             f"{source} is the source and the target", mend="Choose another folder.", state="Nothing was written."
         )
-    below = [file for file in sorted(source.rglob("*")) if file.suffix in (".safetensors", *PICKLES) and file.is_file()]
-    aside = target.resolve()
+    # Links to nothing are among them: they fail by themselves, and are said to.
+    below = [
+        file for file in sorted(source.rglob("*")) if file.suffix in (".safetensors", *PICKLES) and not file.is_dir()
+    ]
+    aside = os.path.realpath(target)
     seen = [
         file
         for file in below
         if not any(part.startswith(".") for part in file.relative_to(source).parts)
-        and not file.resolve().is_relative_to(aside)
+        and not Path(os.path.realpath(file)).is_relative_to(aside)
     ]
     files = [file for file in seen if file.suffix in endings]
     if not files:

@@ -117,17 +117,20 @@ def parse(
     modules, left, spelling = read_modules(list(contents.tensors))
     modules = _joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
-    known = choose_family(modules, contents.tensors, family, families, contents.label) if modules else None
     if not modules and not embeddings:
         raise _no_adapter(contents.label, left)
+    known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
     scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
+    malformed = 0
     for module in modules:
+        before = len(reading.problems)
         _bind(module, reading)
+        malformed += len(reading.problems) > before  # a fused module has a problem for each of its targets
     if reading.problems:
         raise MalformedAdapterError(
-            f"{contents.label} ({spelling}): {len(reading.problems)} of {len(modules)} modules are malformed",
+            f"{contents.label} ({spelling}): {malformed} of {len(modules)} modules are malformed",
             problems=reading.problems,
             mend="The file is damaged, or its trainer writes something that is not known yet.",
             state=UNTOUCHED,
@@ -150,13 +153,14 @@ def parse(
         ignored=reading.ignored,
         unresolved=tuple(reading.unresolved),
         source=contents.label,
+        ties=ties,
     )
 
 
 def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:
     """The error for a file without a change in it."""
     problems = [f"{key}: {reason}" for key, reason in left.items()]
-    own = sum(key.endswith((".weight", ".bias", ".scale")) for key in left)
+    own = sum(key.endswith((".weight", ".bias", ".scale")) and "lora_" not in key for key in left)
     if own * 2 > len(left):
         return CheckpointError(
             f"{label} is a checkpoint, no adapter: {own} of its {len(left)} keys are weights of a model, none a change",

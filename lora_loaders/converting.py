@@ -3,16 +3,18 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .adapter import Adapter
 from .conversion import Source, parse
+from .errors import ConversionError
 from .families import FAMILIES, Family
 from .files import read
 from .locating import HubOptions
-from .writing import write_adapter
+from .writing import to_tensors, write_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -46,4 +48,24 @@ def convert(
     if adapter.ignored:
         reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])
         logger.warning("%s: %d keys are left out: %s", adapter.source, len(adapter.ignored), reasons)
-    return write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite, families=families)
+    path = write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite, families=families)
+    if others := _written_otherwise(adapter, format, families):
+        logger.warning(
+            "%s is written as %s, but names and shapes fit %s as well, which would be written under other names; "
+            "family=… settles it",
+            *(adapter.source, adapter.family, ", ".join(others)),
+        )
+    return path
+
+
+def _written_otherwise(adapter: Adapter, format: str, families: Sequence[Family]) -> list[str]:
+    """The families that fit the adapter as well and have other names for its modules in this format, or none."""
+
+    def keys(family: str | None) -> set[str] | None:
+        try:
+            return set(to_tensors(replace(adapter, family=family), format, families=families)[0])
+        except ConversionError:
+            return None
+
+    own = keys(adapter.family) if adapter.ties else None
+    return [family for family in adapter.ties if keys(family) != own]

@@ -40,19 +40,21 @@ def choose_family(
     wanted: str | Family | None,
     families: Sequence[Family],
     label: str,
-) -> Family | None:
-    """The family whose names and widths explain the file best; None where none knows the most of its names."""
-    if isinstance(wanted, Family):
-        return wanted
+) -> tuple[Family | None, tuple[str, ...]]:
+    """The family whose names and widths explain the file best; None where none knows the most of its names.
+
+    Returns:
+        The family, and the names of those that explain the file as well; the caller's word settles a tie.
+    """
     if wanted is not None:
-        return family_named(wanted, families)
+        return wanted if isinstance(wanted, Family) else family_named(wanted, families), ()
     ranking = rank_families(modules, tensors, families)
     if not ranking or ranking[0][0].names <= MAJORITY:
-        return None
+        return None, ()
     best = [family for score, family in ranking if score == ranking[0][0]]
     if len(best) > 1:
         logger.info("%s: names and shapes fit %s; read as %s", label, ", ".join(f.name for f in best), best[0].name)
-    return best[0]
+    return best[0], tuple(family.name for family in best[1:])
 
 
 class Score(NamedTuple):

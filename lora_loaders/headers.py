@@ -17,33 +17,43 @@ Named = Mapping[str, Mapping[str, LoraDelta]]
 """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
 
 
-def metadata_of(adapter: Adapter, form: Format, alphas: Named, doras: Collection[str]) -> dict[str, str]:
-    """The header's metadata: the adapter's own, and alphas where the format keeps them there.
+def metadata_of(
+    adapter: Adapter,
+    form: Format,
+    alphas: Named,
+    doras: Collection[str],
+    tuner: Mapping[str, Any],
+    changes: Collection[Delta],
+) -> dict[str, str]:
+    """The header's metadata: the adapter's own, and what the format keeps there of its scalings.
 
     Args:
         adapter: what is written.
         form: the format.
         alphas: the LoRAs.
         doras: `component.name` of those under DoRA.
+        tuner: PEFT's configuration for LoHa, LoKr, OFT, BOFT or IA3, empty for others. The file may come without
+            `adapter_config.json`, and no tensor says these alphas and settings.
+        changes: the deltas as they are written, joined where the format has fused names.
     """
-    # Hashes are of other tensors, or of these under other names.
-    own = {METADATA_KEY, "format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
+    # Hashes are of other tensors, or of these under other names; ranks and alphas may be of others too.
+    own = {METADATA_KEY, "format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", *KOHYA_SCALING}
     metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
     if adapter.format == "indexed":
         metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}
         metadata = {key: value for key, value in metadata.items() if key not in adapter.deltas}
     metadata["format"] = "pt"
-    if form.alpha == "folded":
-        # Read again, the header's alpha would scale a second time.
-        metadata = {key: value for key, value in metadata.items() if key not in KOHYA_SCALING}
     if form.alpha == "metadata":
         said = {c: loras for c, loras in alphas.items() if any(d.alpha is not None for d in loras.values())}
         configs = {component: lora_config(loras, _under(doras, component)) for component, loras in said.items()}
+        if tuner:
+            (component,) = adapter.components
+            configs[component] = dict(tuner)
         if configs:
             flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
             metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
     elif form.name == "kohya":
-        metadata = {**kohya_header([delta for _, _, delta in adapter.modules()]), **metadata}
+        metadata |= kohya_header(changes, metadata.get("ss_network_module"))
     return metadata
 
 

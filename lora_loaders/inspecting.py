@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from .adapter import Adapter
 from .conversion import parse
 from .deltas import Delta, DoraDelta, LoraDelta, SparseDelta
 from .detection import rank_families
+from .families import FAMILIES, Family
 from .files import Contents, read
 from .formats import read_modules
 from .locating import HubOptions, is_remote, locate
@@ -110,25 +111,28 @@ def open_header(
     return contents, Path(contents.label)
 
 
-def inspect_contents(contents: Contents, path: Path, family: str | None = None) -> Inspection:
+def inspect_contents(
+    contents: Contents, path: Path, family: str | None = None, *, families: Sequence[Family] = FAMILIES
+) -> Inspection:
     """Gather the facts of a file.
 
     Args:
         contents: from `open_contents`.
         path: the file itself.
         family: read it as this family, whatever its names say.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: the file is no adapter, or a malformed one.
     """
-    adapter = parse(contents, family)
+    adapter = parse(contents, family, families=families)
     tensors = contents.tensors
     return Inspection(
         path=str(path),
         size=path.stat().st_size if path.is_file() else sum(tensor.nbytes for tensor in tensors.values()),
         format=adapter.format,
         family=adapter.family,
-        other_families=tuple(name for name in likely_families(contents) if name != adapter.family),
+        other_families=tuple(name for name in likely_families(contents, families) if name != adapter.family),
         modules=sum(adapter.components.values()) + len(adapter.unresolved),
         groups=tuple(_groups(adapter, unread=any(t.is_meta for t in tensors.values()))),
         tensors=len(tensors),
@@ -141,10 +145,10 @@ def inspect_contents(contents: Contents, path: Path, family: str | None = None) 
     )
 
 
-def likely_families(contents: Contents) -> list[str]:
+def likely_families(contents: Contents, families: Sequence[Family] = FAMILIES) -> list[str]:
     """The families that fit a file's names and shapes best, several if they fit equally well."""
     modules, _, _ = read_modules(list(contents.tensors))
-    ranking = rank_families(modules, contents.tensors) if modules else []
+    ranking = rank_families(modules, contents.tensors, families) if modules else []
     return [family.name for score, family in ranking if score.names and score == ranking[0][0]]
 
 

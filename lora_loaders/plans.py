@@ -52,6 +52,11 @@ class AttachPlan:
     ignored: Mapping[str, str] = field(default_factory=dict[str, str])
     problems: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        counts = [f"{component}: {count} modules" for component, count in self.components.items()] or ["no modules"]
+        counts += [f"{len(found)} {word}" for word in ("unmatched", "problems") if (found := getattr(self, word))]
+        return f"<AttachPlan {self.adapter.describe()} ({self.adapter.source}; {', '.join(counts)})>"
+
     @cached_property
     def matched(self) -> tuple[str, ...]:
         """`component.path` of every module that gets a change."""

@@ -139,16 +139,19 @@ def _whole(alpha: float) -> float | int:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def kohya_header(deltas: Collection[Delta]) -> dict[str, str]:
-    """Rank, alpha and kind of network as kohya's trainers state them; nothing unless all modules have an alpha."""
-    ranks = Counter(delta.rank for delta in deltas if delta.rank is not None)
-    alphas = Counter(delta.alpha_value for delta in deltas if delta.rank is not None)
-    alpha = alphas.most_common(1)[0][0] if ranks else None
-    if alpha is None or None in alphas:
-        return {}  # the header's alpha would scale the modules that have none
+def kohya_header(deltas: Collection[Delta], network: str | None = None) -> dict[str, str]:
+    """Kind of network, most frequent rank and alpha, as kohya's trainers state them.
+
+    Args:
+        deltas: as they are written.
+        network: the kind that the source names, which may be more exact.
+    """
     kinds = {delta.kind for delta in deltas}
-    return {
-        "ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya",
-        "ss_network_dim": str(ranks.most_common(1)[0][0]),
-        "ss_network_alpha": f"{alpha:g}",
-    }
+    header = {"ss_network_module": network or ("networks.lora" if kinds <= {"lora"} else "lycoris.kohya")}
+    pairs = Counter((delta.rank, delta.alpha_value) for delta in deltas if delta.rank is not None)
+    if not pairs:
+        return header
+    rank, alpha = pairs.most_common(1)[0][0]
+    if alpha is None or (rank, None) in pairs:
+        alpha = rank  # a reader gives the header's alpha to the modules of this rank that have none
+    return header | {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}

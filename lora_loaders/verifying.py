@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .combining.provenance import sha256
 from .conversion import parse
 from .errors import AdapterFileError, MalformedAdapterError
+from .families import FAMILIES, Family
 from .files import Contents, read, read_header
 from .inspecting import likely_families
 from .locating import PICKLES, HubOptions, locate
@@ -60,6 +61,7 @@ def verify(
     family: str | None = None,
     hub: HubOptions | None = None,
     use_safetensors: bool | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Verification:
     """Check a file: whole, finite, pairs complete, names known, header true. Broken files are reported, not raised.
 
@@ -68,6 +70,7 @@ def verify(
         family: check the names against this family's.
         hub: file name, subfolder, revision, token and cache, for folders and Hub ids.
         use_safetensors: False allows reading a pickle.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: there is no such file, or it is a pickle that nobody allowed to read.
@@ -85,13 +88,14 @@ def verify(
     whole = Check("whole", True, f"{size}, as the header says")
     numbers = _numbers(contents)
     try:
-        adapter = parse(contents, family)
+        adapter = parse(contents, family, families=families)
     except AdapterFileError as error:
         unread = (Check(name, None, UNREAD) for name in ("names", "header"))
         return Verification(str(path), (whole, numbers, _failed("modules", error, str(path)), *unread))
     modules = Check("modules", True, _modules(adapter))
     return Verification(
-        str(path), (whole, numbers, modules, _names(adapter, contents), _header(adapter, contents.metadata, path))
+        str(path),
+        (whole, numbers, modules, _names(adapter, contents, families), _header(adapter, contents.metadata, path)),
     )
 
 
@@ -122,10 +126,10 @@ def _modules(adapter: Adapter) -> str:
     return f"{counted or 'learned tokens alone'}; {shown}; pairs complete, ranks agree, none twice"
 
 
-def _names(adapter: Adapter, contents: Contents) -> Check:
+def _names(adapter: Adapter, contents: Contents, families: Sequence[Family]) -> Check:
     problems = [f"{module.name}: {module.reason}" for module in adapter.unresolved]
     problems += [f"{key}: {reason}" for key, reason in adapter.ignored.items()]
-    others = [name for name in likely_families(contents) if name != adapter.family]
+    others = [name for name in likely_families(contents, families) if name != adapter.family]
     found = f"{adapter.format}, {adapter.family or 'no known family'}"
     if others:
         found += f" (names and shapes also fit {', '.join(others)})"

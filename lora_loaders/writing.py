@@ -13,17 +13,19 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .deltas import Delta, DoraDelta, LoraDelta
+from .deltas.rows import rows_in
 from .detection import family_named
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
 from .files import atomic, write_safetensors
-from .formats import Format, format_named
+from .formats import FORMATS, Format, format_named
+from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .peft_types import for_peft, plain, refuse_unreadable
-from .scaling import plain_alpha
+from .peft_types import for_peft, refuse_unreadable
+from .spelling import alpha_tensor, magnitude_slots, spelled
 
 MEND = "Choose another format, or write in float32 where rounding is the reason."
 
@@ -41,14 +43,21 @@ class _Writing:
     """Those of them, as `component.name`, that are under DoRA."""
     tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
+    changes: list[Delta] = field(default_factory=list[Delta])
+    """Every delta as it is written."""
     problems: list[str] = field(default_factory=list[str])
     mends: list[str] = field(default_factory=list[str])
 
     def refuse(self, error: ConversionError, where: str = "") -> None:
         """Note what cannot be said, and the way out that the error knows."""
         self.problems.append(f"{where}: {error.what}" if where else error.what)
-        if error.mend and error.mend not in self.mends:
-            self.mends.append(error.mend)
+        if error.mend:
+            self.advise(error.mend)
+
+    def advise(self, mend: str) -> None:
+        """Note a way out, once."""
+        if mend not in self.mends:
+            self.mends.append(mend)
 
 
 def to_tensors(
@@ -92,7 +101,9 @@ def to_tensors(
             mend=" ".join(writing.mends) or MEND,
             state="Nothing was written.",
         )
-    return writing.tensors, metadata_of(adapter, form, writing.alphas, writing.doras), config
+    tuner = config if writing.tuned else {}
+    metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    return writing.tensors, metadata, config
 
 
 def write_adapter(
@@ -113,7 +124,8 @@ def write_adapter(
         format: see `lora_loaders.formats`.
         dtype: floating dtype to write in; as it is by default.
         overwrite: whether an existing file may be replaced.
-        families: where the adapter's family is looked up; pass your own beside `FAMILIES` to add one.
+        families: where the adapter's family is looked up, which it knows by name alone: pass those again that it was
+            read with.
 
     Returns:
         The path of the file.
@@ -287,13 +299,15 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     form = writing.form
     where = f"{component}.{name}"
     try:
-        inner = _spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
-        slots = {**inner.slots(), **_magnitude(delta, form)}
+        inner = spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
+        slots = {**inner.slots(), **magnitude_slots(delta, form)}
         # diffusers reads a LoRA through PEFT; the other algebras it refuses aloud, and they are written for others.
         through_peft = form.name == "peft" or (form.name == "diffusers" and isinstance(inner, LoraDelta))
         if through_peft:
             refuse_unreadable(delta)
     except ConversionError as error:
+        if rows_in(delta) is not None and (fusing := _fusing(name, component, writing)):
+            writing.advise(f"Write a format with fused names ({', '.join(fusing)}), or:")
         writing.refuse(error, where)
         return
     unknown = {kind for kind in (delta.kind, inner.kind) if kind not in form.algebras}
@@ -316,6 +330,7 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
         writing.tensors[f"{prefix}{written}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
+    writing.changes.append(inner)
     alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta):
         writing.alphas.setdefault(component, {})[name] = inner
@@ -325,7 +340,20 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         writing.tuned[name] = inner
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
-        writing.tensors[f"{prefix}{written}.alpha"] = _alpha_tensor(inner, alpha)
+        writing.tensors[f"{prefix}{written}.alpha"] = alpha_tensor(inner, alpha)
+
+
+def _fusing(path: str, component: str, writing: _Writing) -> list[str]:
+    """The other formats that say every algebra and, in this family, call this module by a fused one's name."""
+    family = writing.family
+    if family is None:
+        return []
+
+    def fuses(form: Format) -> bool:
+        names = family.trainer_names if form.names == "trainer" else form.names
+        return names != "diffusers" and len(family.components[component].writing(names).source(path)[1].paths) > 1
+
+    return [f.name for f in FORMATS if f is not writing.form and f.algebras == ALL_ALGEBRAS and fuses(f)]
 
 
 def _is_widened(name: str, delta: Delta, component: str, family: Family | None) -> bool:
@@ -347,47 +375,3 @@ def _modulation(name: str, slots: dict[str, Tensor]) -> tuple[str, dict[str, Ten
 def flatten_name(name: str) -> str:
     """Dots to underscores, as kohya's trainers do."""
     return name.replace(".", "_")
-
-
-def _spelled(delta: Delta, form: Format) -> Delta:
-    """The same change with its alpha where the format has it: plain where a tensor holds it, or folded in."""
-    if not isinstance(delta, LoraDelta):
-        return delta if form.name == "peft" else plain(delta)
-    if form.alpha == "metadata":
-        return delta
-    if form.alpha == "folded":
-        return _folded(delta)
-    # A tensor's alpha is always divided by the rank.
-    return replace(delta, alpha=plain_alpha(delta), rslora=False)
-
-
-def _magnitude(delta: Delta, form: Format) -> dict[str, Tensor]:
-    """DoRA's norms in the shape that the format's readers expect."""
-    if not isinstance(delta, DoraDelta):
-        return {}
-    magnitude = delta.magnitude
-    kernel = len(delta.shape or (0, 0)) - 2
-    if form.style == "peft" and "magnitude" not in form.slots:
-        return {"magnitude_out": magnitude.reshape(1, -1, *[1] * kernel) if kernel else magnitude.flatten()}
-    return {"magnitude": magnitude if magnitude.ndim > 1 else magnitude.reshape(-1, *[1] * (kernel + 1))}
-
-
-def _folded(delta: LoraDelta) -> LoraDelta:
-    """The same ΔW with a scaling of 1; refuses to round."""
-    if delta.scaling == 1:
-        return replace(delta, alpha=None, rslora=False)
-    wanted = delta.up.double() * delta.scaling
-    up = wanted.to(delta.up.dtype)
-    if not torch.equal(up.double(), wanted):
-        raise ConversionError(
-            f"the format has no place for alpha, and a scaling of {delta.scaling:g} cannot be multiplied into "
-            f"{delta.up.dtype} without rounding"
-        )
-    return replace(delta, up=up, alpha=None, rslora=False)
-
-
-def _alpha_tensor(delta: Delta, alpha: float) -> Tensor:
-    """Alpha in the dtype of the factors if that holds it exactly, else in float32."""
-    dtype = next((t.dtype for t in delta.tensors().values() if t.is_floating_point()), torch.float32)
-    tensor = torch.tensor(alpha, dtype=dtype)
-    return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)

@@ -9,6 +9,7 @@ key is unknown: read as an adapter's, and of a name that the file's family does 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse
 from lora_loaders.errors import UnknownFormatError
 from lora_loaders.files import Contents, read_header
 from lora_loaders.formats import NO_SUFFIX
 from lora_loaders.inspecting import likely_families
 
+MODULE_ALONE = "a module's name in a listing, without the suffix of a tensor"
 ENDINGS = (".json", ".safetensors")
 
 
@@ -61,7 +64,15 @@ def surveyed(name: str, keys: dict[str, tuple[int, ...] | None], family: str | N
     try:
         adapter = parse(contents, family)
     except UnknownFormatError:
-        return Row(name, "", (), "", len(keys), 0, {}, tuple(keys))
+        adapter = Adapter({}, ignored=dict.fromkeys(keys, NO_SUFFIX))
+    bare = [key for key, reason in adapter.ignored.items() if reason == NO_SUFFIX and keys[key] is None]
+    alone = modules_alone(name, bare, adapter.family or family)
+    adapter = replace(
+        adapter,
+        family=adapter.family or alone.family,
+        format=adapter.format or alone.format,
+        ignored={**adapter.ignored, **dict.fromkeys(alone.bound, MODULE_ALONE)},
+    )
     known = adapter.family or ""
     others = tuple(other for other in likely_families(contents) if other != known)
     lost = [key for module in adapter.unresolved for key in module.keys]
@@ -69,6 +80,16 @@ def surveyed(name: str, keys: dict[str, tuple[int, ...] | None], family: str | N
     ignored = {key: reason for key, reason in adapter.ignored.items() if reason != NO_SUFFIX}
     bound = len(adapter.bound) + len(adapter.embeddings)
     return Row(name, known, others, adapter.format or "", len(keys), bound, ignored, tuple(lost))
+
+
+def modules_alone(name: str, keys: Sequence[str], family: str | None) -> Adapter:
+    """Those of a listing's keys that are names of modules, as `bound`, which no suffix makes an adapter's."""
+    ending = ".lora_A.weight"
+    tensors = {f"{key}{ending}": torch.empty(0, device="meta") for key in keys}
+    if not tensors:
+        return Adapter({})
+    found = parse(Contents(tensors, label=name, names_only=True), family)
+    return replace(found, bound={key.removesuffix(ending): places for key, places in found.bound.items()})
 
 
 def files_of(paths: Iterable[Path]) -> Iterator[Path]:
@@ -81,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         print(__doc__, file=sys.stderr)
+        return 2
+    if missing := [path for path in arguments if not Path(path).exists()]:
+        print(f"no file or folder {', '.join(missing)}", file=sys.stderr)
         return 2
     table = Table(box=None, header_style="bold cyan", padding=(0, 2, 0, 0))
     for label in ("File", "Family", "Also fits", "Spelling"):

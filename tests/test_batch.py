@@ -72,6 +72,16 @@ def test_one_bad_file_stops_no_other(source: Path) -> None:
     assert set(content(source.with_name("out"))) == {*NAMES, REPORT_NAME}
 
 
+def test_a_link_to_nothing_is_a_failed_file(source: Path) -> None:
+    (source / "gone.safetensors").symlink_to(source / "nowhere.safetensors")
+    (source / "round.safetensors").symlink_to(source / "round.safetensors")
+    outcomes = go(source)
+    failed = {name for name, outcome in outcomes.items() if outcome.status == "failed"}
+    assert failed == {"gone.safetensors", "round.safetensors"}
+    assert "gone.safetensors" in str(outcomes["gone.safetensors"].error)
+    assert len(outcomes) == len(NAMES) + 2
+
+
 def test_report_holds_a_line_for_every_file(source: Path) -> None:
     (source / "bad.safetensors").write_bytes(b"\xff" * 64)
     outcomes = go(source)
@@ -183,7 +193,9 @@ def test_another_version_looks_at_every_file_again(source: Path, monkeypatch: py
     go(source)
     monkeypatch.setattr("lora_loaders.batch.__version__", "99")
     parsed: list[object] = []
-    monkeypatch.setattr("lora_loaders.batch.parse", lambda *words: parsed.append(words) or parse(*words))
+    monkeypatch.setattr(
+        "lora_loaders.batch.parse", lambda *words, **more: parsed.append(words) or parse(*words, **more)
+    )
     assert statuses(go(source)) == dict.fromkeys(NAMES, "unchanged")
     assert len(parsed) == len(NAMES)
 

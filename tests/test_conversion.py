@@ -518,3 +518,12 @@ def test_live_model_names_what_the_tables_do_not_hold() -> None:
     assert_says(later, file.expected)
     assert not later.unresolved
     assert set(later.bound) == set(file.tensors)
+
+
+def test_a_malformed_module_counts_once_however_many_it_changes() -> None:
+    keys: dict[str, torch.Tensor] = {}
+    for stem in ("lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"):
+        keys[f"{stem}.lora_up.weight"], keys[f"{stem}.lora_down.weight"] = torch.randn(96, 2), torch.randn(2, 32)
+    with pytest.raises(MalformedAdapterError, match="1 of 2 modules are malformed") as caught:
+        read_adapter(keys, family="flux1")
+    assert len(caught.value.problems) == 3

@@ -62,6 +62,13 @@ def test_keys_that_adapters_have_too_make_no_adapter_of_a_checkpoint(key: str) -
         ll.read_adapter(weights)
 
 
+def test_factors_of_an_unknown_make_no_checkpoint() -> None:
+    keys = {f"blocks.0.{name}.lora_C.weight": torch.ones(4, 4) for name in ("q", "k", "v")}
+    with pytest.raises(ll.UnknownFormatError, match="none of its 3 keys") as caught:
+        ll.read_adapter(keys)
+    assert not isinstance(caught.value, ll.CheckpointError)
+
+
 def test_norms_beside_changes_are_an_adapters_though_plain_weights_stand_beside() -> None:
     norm = "double_blocks.0.img_attn.norm.key_norm.scale"
     adapter = ll.read_adapter(
@@ -79,6 +86,12 @@ def control() -> Tensors:
     return flux() | pair("transformer.x_embedder", WIDTH, 128)
 
 
+def anima(*names: str) -> Tensors:
+    text = ("attn2.to_k", "attn2.to_v")
+    parts = [(f"transformer.transformer_blocks.{i}.{name}", name) for i in range(28) for name in names]
+    return {k: t for path, name in parts for k, t in pair(path, 2048, 1024 if name in text else 2048).items()}
+
+
 FILES = {
     # ostris/Flex.1-alpha and Freepik/flux.1-lite: Flux.1 with 8 of its 19 double blocks; Bria FIBO has as many.
     "flux1, pruned": ("flux1", flux(8)),
@@ -90,6 +103,9 @@ FILES = {
         blocks("transformer_blocks", 28, [f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")], 4096),
     ),
     "bria": ("bria", flux(8, 28)),
+    # LTX has as many blocks as wide: only the 1024 features of the text tell them apart.
+    "anima, queries and values": ("anima", anima("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")),
+    "anima, queries and keys": ("anima", anima("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k")),
 }
 
 

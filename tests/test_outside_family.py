@@ -1,5 +1,6 @@
 """A family from outside the package: one table, and no other line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import lora_loaders as ll
 from lora_loaders.families import Family, Names, Shape
+from lora_loaders.inspecting import inspect_contents, open_contents
 
 YOURS = Family(
     name="yours",
@@ -76,10 +78,43 @@ def test_its_files_are_converted_and_come_back(file: Path) -> None:
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
+def test_its_files_are_shrunk_merged_checked_and_converted_by_the_folder(file: Path) -> None:
+    adapter = ll.read_adapter(file, families=FAMILIES)
+    twice = ll.merge([file, file], families=FAMILIES).adapter
+    for component, path, delta in ll.resize(file, rank=2, families=FAMILIES).adapter.modules():
+        own = adapter.deltas[component][path].delta_weight()
+        torch.testing.assert_close(delta.delta_weight(), own)
+        torch.testing.assert_close(twice.deltas[component][path].delta_weight(), 2 * own)
+    (names,) = [check for check in ll.verify(file, families=FAMILIES).checks if check.name == "names"]
+    assert (names.passed, names.found) == (True, "kohya, yours")
+    facts = inspect_contents(*open_contents(file), families=FAMILIES)
+    assert (facts.family, facts.other_families) == ("yours", ())
+    (outcome,) = ll.convert_folder(file.parent, file.parent / "out", format="original", families=FAMILIES)
+    assert (outcome.status, outcome.read_as) == ("converted", "kohya, yours")
+
+
+def test_a_tie_is_said_where_the_other_family_has_other_names(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = Names("first_in -> embed ; first_out -> out")
+    tied = (*ll.FAMILIES, replace(YOURS, components={"transformer": names}, name="theirs"), YOURS)
+    folder = file.parent / "in"
+    adapter = ll.read_adapter(file, families=FAMILIES)
+    few = replace(adapter, deltas={"transformer": {"embed": adapter.deltas["transformer"]["embed"]}})
+    ll.write_adapter(few, folder / "a.safetensors", "diffusers", families=FAMILIES)
+    read = ll.read_adapter(folder, families=tied)
+    assert {read.family, *read.ties} == {"yours", "theirs"}
+    assert ll.read_adapter(folder, family=YOURS, families=tied).ties == ()
+    for format, warned in (("diffusers", False), ("original", True)):
+        caplog.clear()
+        (outcome,) = ll.convert_folder(folder, file.parent / format, format=format, families=tied)
+        assert {str(outcome.read_as).split(", ")[1], *outcome.also_fits} == {"yours", "theirs"}
+        assert any("under other names" in record.message for record in caplog.records) == warned
+
+
 def test_its_adapter_loads_into_a_live_model(file: Path) -> None:
     model = YoursTransformer()
     plan = ll.plan(model, ll.read_adapter(file, families=FAMILIES))
     assert len(plan.matched) == 6
+    assert repr(plan) == f"<AttachPlan kohya, yours ({file}; transformer: 6 modules)>"
     assert not plan.problems
     assert not plan.unmatched
 

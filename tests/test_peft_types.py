@@ -86,6 +86,22 @@ def test_a_folder_of_peft_is_fused_as_peft_merges_it_and_peft_reads_ours(
     again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "ours")).double().merge_and_unload()
     for name, tensor in weights(again).items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)
+    alone = ll.write_adapter(done.adapter, tmp_path / "alone.safetensors", "peft")  # without adapter_config.json
+    model = net()
+    apply(plan(model, alone), "x")
+    fusing.fuse(model)
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_one_file_of_peft_keeps_the_alpha_of_a_lokr(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name, first, a, b = "lora_unet_blocks_0_self_attn_q", torch.randn(4, 4), torch.randn(6, 2), torch.randn(2, 6)
+    tensors = {f"{name}.lokr_w1": first, f"{name}.lokr_w2_a": a, f"{name}.lokr_w2_b": b}
+    tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    path = ll.convert(tensors, tmp_path / "o.safetensors", format="peft", family="wan")
+    ((_, _, delta),) = ll.read_adapter(path, family="wan").modules()
+    torch.testing.assert_close(delta.delta_weight(), torch.kron(first, a @ b) / 2)
 
 
 def written(delta: Any, format: str = "peft") -> tuple[dict[str, Tensor], dict[str, Any]]:

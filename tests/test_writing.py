@@ -232,7 +232,7 @@ def test_file_without_alpha_gets_none() -> None:
     adapter = SPELLINGS["flux original"]().read()
     tensors, metadata, _ = to_tensors(adapter, "kohya")
     assert not [key for key in tensors if key.endswith(".alpha")]
-    assert "ss_network_alpha" not in metadata
+    assert metadata["ss_network_alpha"] == metadata["ss_network_dim"]  # a scaling of 1
     assert "lora_adapter_metadata" not in to_tensors(adapter, "diffusers")[1]
 
 
@@ -267,6 +267,19 @@ def test_kohya_header_names_network_rank_and_alpha() -> None:
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), f"{ALPHA:g}")
 
 
+def test_kohya_header_is_of_the_joined_tensors_whatever_the_source_said() -> None:
+    file = RandomFile(
+        "flux1", metadata={"ss_network_dim": "4", "ss_network_alpha": "4", "ss_network_module": "my.lora"}
+    )
+    for name in ("to_q", "to_k", "to_v"):
+        path = f"transformer.transformer_blocks.0.attn.{name}"
+        file.lora(path, path, H, H, style="peft")
+    tensors, metadata, _ = to_tensors(file.read(), "kohya")
+    (down,) = [tensor for key, tensor in tensors.items() if key.endswith("lora_down.weight")]
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(len(down)), str(len(down)))
+    assert (len(down), metadata["ss_network_module"]) == (3 * RANK, "my.lora")
+
+
 def test_header_alpha_is_not_applied_a_second_time_to_folded_factors() -> None:
     file = RandomFile("flux1", metadata={"ss_network_dim": str(RANK), "ss_network_alpha": "2.0"})
     path = "transformer.transformer_blocks.0.attn.to_out.0"
@@ -279,6 +292,7 @@ def test_kohya_header_gives_no_alpha_to_modules_without_one() -> None:
     file.lora("lora_unet_img_in", "transformer.x_embedder", H, H, alpha=ALPHA)
     file.lora("lora_unet_txt_in", "transformer.context_embedder", H, H)
     assert_says(through(file.read(), "kohya"), file.expected)
+    assert to_tensors(file.read(), "kohya")[1]["ss_network_alpha"] == str(RANK)
 
 
 def test_alpha_of_other_algebras_is_a_tensor_in_diffusers_spelling() -> None:
@@ -296,10 +310,11 @@ def test_alpha_of_other_algebras_is_a_tensor_in_diffusers_spelling() -> None:
 def test_metadata_of_the_source_is_kept() -> None:
     file = flux_kohya()
     file.metadata = {"ss_tag_frequency": "{}", "modelspec.title": "a style", "ss_network_dim": "99"}
+    stated = {"kohya": str(RANK)}  # by kohya's own files alone, and of the tensors that are written
     for target in ("kohya", "diffusers", "original"):
         metadata = to_tensors(file.read(), target)[1]
         assert metadata["modelspec.title"] == "a style"
-        assert metadata["ss_network_dim"] == "99"
+        assert metadata.get("ss_network_dim") == stated.get(target)
 
 
 # Fused modules.
@@ -578,3 +593,23 @@ def test_frame_rate_of_skyreels_is_read_by_its_original_names() -> None:
     file.lora("diffusion_model.fps_projection.0", "transformer.fps_projection.net.0.proj", H, H)
     file.lora("diffusion_model.fps_projection.2", "transformer.fps_projection.net.2", 6 * H, H)
     assert_says(file.read(), file.expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "stem", "target", "advised"),
+    [
+        ("z-image", "layers.0.attention.qkv", "kohya", "(original, bfl)"),  # whose trainers split
+        ("flux1", "double_blocks.0.img_attn.qkv", "lycoris", "(kohya, original, bfl)"),
+    ],
+)
+def test_the_formats_advised_for_a_part_of_a_fused_module_can_say_it(
+    family: str, stem: str, target: str, advised: str
+) -> None:
+    name = f"diffusion_model.{stem}"
+    keys = {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(24, 8)}
+    adapter = read_adapter(keys, family=family)
+    with pytest.raises(ConversionError) as caught:
+        to_tensors(adapter, target)
+    assert f"fused names {advised}" in caught.value.mend
+    for form in advised.strip("()").split(", "):
+        assert [key for key in to_tensors(adapter, form)[0] if key.endswith(".lokr_w2")]

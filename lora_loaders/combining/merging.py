@@ -13,6 +13,7 @@ from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source
 from lora_loaders.deltas import Delta, FullDelta, LoraDelta
 from lora_loaders.errors import ConversionError
+from lora_loaders.families import FAMILIES, Family
 from lora_loaders.siblings import on_weights
 from lora_loaders.weights import number
 
@@ -71,6 +72,7 @@ def merge(
     family: str | None = None,
     device: torch.device | str | None = None,
     on_module: Tick | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Approximation:
     """One adapter whose ΔW is put together from those of several.
 
@@ -92,12 +94,13 @@ def merge(
         family: read the sources as this family.
         device: where to compute.
         on_module: called with the place of each module that is done.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: a source cannot be read.
         ConversionError: families or numbers that do not go together, or changes that cannot be added.
     """
-    adapters = [read_whole(source, family) for source in sources]
+    adapters = [read_whole(source, family, families) for source in sources]
     factors = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     _check(adapters, factors, method)
     check_density(density, method)

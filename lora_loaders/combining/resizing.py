@@ -1,7 +1,7 @@
 """A whole adapter in another algebra or of another rank, with the error of every module."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source, read_adapter
 from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta
 from lora_loaders.errors import ConversionError
+from lora_loaders.families import FAMILIES, Family
 from lora_loaders.lazy import FileTensor, form_of
 from lora_loaders.siblings import on_weights
 
@@ -37,6 +38,7 @@ def resize(
     family: str | None = None,
     device: torch.device | str | None = None,
     on_module: Tick | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Approximation:
     """The nearest adapter of LoRAs with smaller ranks; with no goal given, every algebra's exact LoRA.
 
@@ -54,6 +56,7 @@ def resize(
         family: read it as this family.
         device: where to compute.
         on_module: called with the place of each module that is done.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: the source cannot be read.
@@ -65,7 +68,7 @@ def resize(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_lora(delta, goal, base.weight, dtype, base.bias)
 
-    return _changed(source, change, "resize", settings, model, family, device, on_module)
+    return _changed(read_whole(source, family, families), change, "resize", settings, model, device, on_module)
 
 
 def to_full(
@@ -76,6 +79,7 @@ def to_full(
     family: str | None = None,
     device: torch.device | str | None = None,
     on_module: Tick | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Approximation:
     """The adapter with every ΔW in full, as `[out, in, *kernel]` in this dtype (its own if None); see `resize`.
 
@@ -87,16 +91,16 @@ def to_full(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_full(delta, base.weight, dtype, base.bias)
 
-    return _changed(source, change, "to full", {}, model, family, device, on_module)
+    return _changed(read_whole(source, family, families), change, "to full", {}, model, device, on_module)
 
 
-def read_whole(source: Source, family: str | None = None) -> Adapter:
+def read_whole(source: Source, family: str | None, families: Sequence[Family]) -> Adapter:
     """An adapter of which every module's name is known.
 
     Raises:
         ConversionError: some are not; leaving them out would be silent loss.
     """
-    adapter = read_adapter(source, family=family)
+    adapter = read_adapter(source, family=family, families=families)
     adapter.refuse_unresolved()
     return adapter
 
@@ -155,16 +159,14 @@ def sound(delta: Delta, place: str | None = None) -> Delta:
 
 
 def _changed(
-    source: Source,
+    adapter: Adapter,
     change: Callable[[Delta, Base], Fitted],
     action: str,
     settings: Mapping[str, Any],
     model: Weights | None,
-    family: str | None,
     device: torch.device | str | None,
     on_module: Tick | None,
 ) -> Approximation:
-    adapter = read_whole(source, family)
     checkpoint = None if model is None else open_checkpoint(model, family=adapter.family)
     deltas: dict[str, dict[str, Delta]] = {}
     fits: dict[str, Fit] = {}

@@ -19,7 +19,7 @@ from lora_loaders.errors import ConversionError
 from .base import Delta, Factors, Kron, RowMap, Slots, check_sizes, join_biases, same
 
 Span = tuple[int, int]
-WAYS_OUT = "Write a format with fused names (kohya, original), or make a LoRA of it first: --as lora --rank N."
+WAYS_OUT = "Make a LoRA of it first: --as lora --rank N."
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +240,7 @@ def parts_of(delta: Delta, rows: Mapping[str, int]) -> dict[str, Delta]:
         ConversionError: see `Delta.split`.
     """
     parts = dict(zip(rows, delta.split(list(rows.values())), strict=True))
-    chosen = {path: found for path, part in parts.items() if (found := _innermost(part)) is not None}
+    chosen = {path: found for path, part in parts.items() if (found := rows_in(part)) is not None}
     if len(chosen) < len(parts) or not any(part.needs_base for part in chosen.values()):
         return parts
     fused = FusedWeight({path: part.spans for path, part in chosen.items()})
@@ -249,7 +249,7 @@ def parts_of(delta: Delta, rows: Mapping[str, int]) -> dict[str, Delta]:
 
 def fused_of(delta: Delta) -> FusedWeight | None:
     """The fused module's weight that a delta of one of its parts depends on; None for most."""
-    found = _innermost(delta)
+    found = rows_in(delta)
     return None if found is None else found.fused
 
 
@@ -261,8 +261,8 @@ def with_fused(delta: Delta, fused: FusedWeight) -> Delta:
     return replace(wrapper, inner=with_fused(wrapper.inner, fused))
 
 
-def _innermost(delta: Delta) -> RowsDelta | None:
-    """The chosen rows within a delta that wraps others."""
+def rows_in(delta: Delta) -> RowsDelta | None:
+    """The chosen rows within a delta that may wrap others; None where it is a whole module's."""
     while not isinstance(delta, RowsDelta):
         inner: Delta | None = getattr(delta, "inner", None)
         if inner is None:

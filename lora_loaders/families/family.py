@@ -8,12 +8,15 @@ from typing import Literal
 
 from .rules import HOLE, NUMBER, Names, flatten
 
+VALUES = re.compile(r"(?<=\.to_)v$|(?<=\.add_)v(?=_proj$)")
+
 
 @dataclass(frozen=True)
 class Shape:
     """A weight `[out, in]` of a published model, by which files with equal names are told apart; None: any size.
 
     A family published in several sizes has a row for each, and the number of blocks of each where depths differ.
+    A row for keys (`to_k`, `add_k_proj`) is one for values too: they are made of the same input, as wide as they.
     """
 
     component: str
@@ -129,7 +132,7 @@ class Family:
 
     def known_shapes(self, component: str, path: str) -> list[Shape]:
         """The published weights of this path."""
-        flat = flatten(path)
+        flat = flatten(VALUES.sub("k", path))
         rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
 

@@ -68,7 +68,7 @@ final_norm_out.linear -> norm_out.linear ~ ; final_proj_out -> proj_out
 ATTENTION = tuple(
     Shape("transformer", f"{block}.attn.{name}", (3072, 3072))
     for block in ("transformer_blocks.{i}", "single_transformer_blocks.{i}")
-    for name in ("to_q", "to_k", "to_v")
+    for name in ("to_q", "to_k")
 )
 
 FLUX1 = Family(

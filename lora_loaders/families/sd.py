@@ -108,8 +108,7 @@ MID_CROSS_K = "mid_block.attentions.{j}.transformer_blocks.{k}.attn2.to_k"
 
 
 def _cross_attention(width: int) -> tuple[Shape, ...]:
-    values = (path.replace("to_k", "to_v") for path in (CROSS_K, UP_CROSS_K, MID_CROSS_K))
-    return tuple(Shape("unet", path, (None, width)) for path in (CROSS_K, UP_CROSS_K, MID_CROSS_K, *values))
+    return tuple(Shape("unet", path, (None, width)) for path in (CROSS_K, UP_CROSS_K, MID_CROSS_K))
 
 
 SD15 = Family(

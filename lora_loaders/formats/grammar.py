@@ -88,10 +88,18 @@ STYLE_OF: Mapping[str, Style] = {
     **{suffix: style for style, table in STYLES.items() for suffix in table.values()},
 }
 
-# PEFT's names with the adapter's own name inside: `.lora_A.default.weight`; wrapped twice, with two of them.
+# Names with the adapter's own name inside, as PEFT has them: `.lora_A.default.weight`; wrapped twice, with two of them.
 SLOTTED = re.compile(
-    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l)"
+    r"\.(lora_(?:A|B|down|up|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(?:down|up|mid)"
+    r"|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l)"
     r"\.(?!weight\.|bias\.|scaled_oft$)([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
+)
+SLOTTED_ALONE = ("alpha", "magnitude", "diff", "bias")
+"""Slots whose suffix may be a module's name too: an adapter's own name is looked for behind it if nothing else fits."""
+# Levels that wrappers put into a path: of torch.compile, FSDP, checkpointed activations, and PEFT. A weight below
+# PEFT's is the model's own.
+WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer(?!\.weight$))\."
 )
 # XLabs' factors are `….qkv_lora1.down`; a module may be called `down` or `up` itself (Krea2's `mlp.up`).
 NAMED_FACTOR = re.compile(r"_lora[12]?\.(?:down|up)\.weight$")
@@ -102,8 +110,7 @@ REPLACED = re.compile(r"\.scale$|\.norm_(?:added_)?[qk]\.weight$")
 # Prefix -> the component that it names; "" names none, and "denoiser" and "te1" wait for the family.
 PREFIXES: Mapping[str, str] = {
     "base_model.model.": "",
-    # Wrappers of torch.compile, of data-parallel training and of DiffSynth's trainer.
-    "_orig_mod.": "",
+    # Wrappers of data-parallel training and of DiffSynth's trainer.
     "module.": "",
     "pipe.": "",
     "dit.": "denoiser",
@@ -200,18 +207,24 @@ def split_prefix(name: str) -> tuple[str, str, str]:
 @lru_cache(maxsize=1 << 16)
 def split_key(key: str) -> Key | None:
     """Take a key apart, or None where no known suffix ends it."""
+    key = WRAPPERS.sub("", key)
     slot, dot = None, key.find(".")
     while dot >= 0 and (slot := SUFFIXES.get(key[dot:])) is None:
         dot = key.find(".", dot + 1)
     slotted = SLOTTED.search(key)
     if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
         slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))
-        return Key(*split_prefix(key[: slotted.start()]), slot, "peft", slotted[2])
+        style = STYLE_OF.get(f".{slotted[1]}.weight", "peft")
+        return Key(*split_prefix(key[: slotted.start()]), slot, style, slotted[2])
     if slot in ("down", "up") and key[dot:] in (".down.weight", ".up.weight") and not NAMED_FACTOR.search(key):
         slot, dot = "weight", len(key) - len(".weight")
     if slot == "weight" and REPLACED.search(key):
         slot = "set_weight"
-    return None if slot is None else Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
+    if slot is None:
+        inner, _, adapter = key.rpartition(".")
+        split = split_key(inner) if inner else None
+        return split._replace(adapter=adapter) if split is not None and split.slot in SLOTTED_ALONE else None
+    return Key(*split_prefix(key[:dot]), slot, STYLE_OF.get(key[dot:]), "")
 
 
 def drop_reason(key: str) -> str | None:

@@ -114,13 +114,13 @@ def _pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def fresh_delta(module: nn.Module, path: str, config: LoraConfig) -> Delta:
+def fresh_delta(module: Any, path: str, config: LoraConfig) -> Delta:
     """A new adapter's factors for one module; a no-op unless `init_lora_weights=False`."""
     rank = int(_pattern_value(config.rank_pattern, path, config.r))
     alpha = float(_pattern_value(config.alpha_pattern, path, config.lora_alpha))
     shape = logical_shape(module)
-    weight: Any = module.weight
-    device = weight.device
+    # On the CPU, wherever the model is: as with PEFT, a seed gives the same start on any device.
+    device = torch.device("meta" if module.weight.is_meta else "cpu")
     down = torch.empty(rank, *shape[1:], device=device)
     up = torch.empty(shape[0], rank, *[1] * (len(shape) - 2), device=device)
     embedding = isinstance(module, nn.Embedding)
@@ -134,7 +134,8 @@ def fresh_delta(module: nn.Module, path: str, config: LoraConfig) -> Delta:
         up_bias=_fresh_bias(shape[0], rank, config, device) if config.lora_bias and not embedding else None,
     )
     if config.use_dora:
-        whole = read_weight(module).float() + delta.delta_weight()
+        weight = read_weight(module).float()
+        whole = weight + delta.delta_weight().to(weight.device)
         # PEFT has a magnitude for each output, and for each feature of an embedding.
         norms = whole.norm(dim=0, keepdim=True) if embedding else whole.flatten(1).norm(dim=1)
         delta = DoraDelta(inner=delta, magnitude=norms)

@@ -29,6 +29,16 @@ SUFFIX_CASES = {
     ".lora_A.default.weight": "down",
     ".lora_B.default.weight": "up",
     ".lora_A.default": "down",
+    ".lora_down.default.weight": "down",
+    ".lora_up.default.weight": "up",
+    ".lora_up.default.bias": "up_bias",
+    ".lora_mid.default.weight": "mid",
+    ".lora.down.default.weight": "down",
+    ".lora.up.default.weight": "up",
+    ".alpha.default": "alpha",
+    ".dora_scale.default": "magnitude",
+    ".diff.default": "diff",
+    ".diff_b.default": "bias",
     ".lora_B.default.bias": "up_bias",
     ".lora_B.bias": "up_bias",
     ".lora_up.bias": "up_bias",
@@ -81,6 +91,31 @@ def test_any_name_of_a_peft_adapter_is_read(adapter: str) -> None:
     found = split_key(f"base_model.model.{NAME}.lora_A.{adapter}.weight")
     assert found is not None
     assert (found.name, found.slot, found.adapter) == (NAME, "down", adapter)
+
+
+WRAPPED = {
+    "_fsdp_wrapped_module.transformer_blocks.0._checkpoint_wrapped_module.attn.to_q.lora_A.weight": "down",
+    "_orig_mod.transformer_blocks.0._orig_mod.attn.to_q.lora_down.weight": "down",
+    "transformer_blocks.0.attn.to_q._fsdp_wrapped_module.lora_B.default.weight": "up",
+    "transformer_blocks.0.base_layer.attn.to_q.base_layer.lora_B.weight": "up",
+}
+
+
+@pytest.mark.parametrize("key", WRAPPED)
+def test_levels_of_wrappers_are_no_part_of_a_name(key: str) -> None:
+    found = split_key(key)
+    assert found is not None
+    assert (found.name, found.slot) == ("transformer_blocks.0.attn.to_q", WRAPPED[key])
+    own = split_key("to_q.base_layer.weight")  # the model's weight, beside the change of `to_q`
+    assert own is not None
+    assert own.name == "to_q.base_layer"
+
+
+@pytest.mark.parametrize("module", ["alpha", "diff", "alpha.diff"])
+def test_a_module_called_as_a_suffix_keeps_its_name(module: str) -> None:
+    found = split_key(f"blocks.0.{module}.lora_A.weight")
+    assert found is not None
+    assert (found.name, found.slot) == (f"blocks.0.{module}", "down")
 
 
 PREFIX_CASES = {
