@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from .adapter import Adapter
+from .atomic import atomic
 from .conversion import parse
 from .converting import convert
 from .errors import AdapterFileError
 from .families import FAMILIES, Family
-from .files import atomic, read
+from .files import read
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
 from .version import __version__
 

@@ -1,12 +1,9 @@
 """Files and the Hub against tensors and a header: one-blob reads, checked headers, writes whole or not at all."""
 
-import contextlib
 import json
 import math
 import os
-import tempfile
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +12,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .atomic import atomic
 from .buffers import part_of
-from .errors import UNTOUCHED, AdapterFileError, MalformedAdapterError, UnsafeFileError
+from .errors import UNTOUCHED, MalformedAdapterError, UnsafeFileError
 from .lazy import FileTensor, SourceFile, Span, bytes_of, form_of, pieces_of, write_all
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES, HubOptions, locate
 
@@ -38,7 +36,6 @@ LARGEST = (1 << 63) - 1
 """What a size or a stride of a tensor can be at most."""
 STRINGS = 5
 """How many strings a header has for each tensor: its name, those of three claims, and the dtype."""
-_UMASK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -348,57 +345,3 @@ def _runs(pieces: Iterable[Span | Tensor]) -> Iterator[Span | Tensor]:
             yield piece
     if run is not None:
         yield run
-
-
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike[str], *, durable: bool = True) -> Generator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    Args:
-        path: the file.
-        durable: flush it to the disk first, so that it is whole also after a power cut.
-
-    Raises:
-        AdapterFileError: its folder cannot be made or written to.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise AdapterFileError(
-            f"{path} cannot be written: {error.strerror or error}",
-            mend="Choose a folder that can be written to.",
-            state="Nothing was written.",
-        ) from error
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        if durable:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
-        temporary.replace(path)
-        if durable:
-            _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    with _UMASK:  # it is told only by setting it, and of two threads one would see and restore the other's 0
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
+from .atomic import atomic
 from .deltas import Delta, DoraDelta, LoraDelta
 from .deltas.rows import rows_in
 from .detection import family_named
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
-from .files import atomic, write_safetensors
+from .files import write_safetensors
 from .formats import FORMATS, Format, format_named
 from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES

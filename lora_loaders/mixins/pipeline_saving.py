@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_loaders.atomic import atomic
 from lora_loaders.errors import AdapterFileError
-from lora_loaders.files import atomic, write_safetensors
+from lora_loaders.files import write_safetensors
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import capture
 from lora_loaders.scaling import METADATA_KEY

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_loaders.adapter import Adapter
+from lora_loaders.atomic import atomic
 from lora_loaders.conversion import parse
 from lora_loaders.deltas import Delta
 from lora_loaders.errors import AdapterFileError
 from lora_loaders.families import FAMILIES, Family
-from lora_loaders.files import Contents, atomic, write_safetensors
+from lora_loaders.files import Contents, write_safetensors
 from lora_loaders.scaling import METADATA_KEY, Scalings
 from lora_loaders.writing import to_tensors, write_adapter
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_loaders.adapter import Adapter
+from lora_loaders.atomic import atomic
 from lora_loaders.deltas import DoraDelta, LoraDelta
 from lora_loaders.errors import MalformedAdapterError
-from lora_loaders.files import atomic
 from lora_loaders.integrations.peft_helpers import make_layers_known
 from lora_loaders.locating import CONFIG_NAME, HubOptions, locate
 from lora_loaders.scaling import METADATA_KEY
