@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta, Factors
-from .layers.banks import Bank, Likeness
+from .layers.banks import Bank, Likeness, columns_of
 from .layers.layer import AdapterLayer
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -52,6 +52,7 @@ class Change:
         return Change(*[None if tensor is None else tensor.clone() for tensor in (self.down, self.up, self.dense)])
 
 
+@torch.no_grad()
 def products(batch: Iterable[tuple[AdapterLayer, Tensor, Terms]]) -> dict[AdapterLayer, Change]:
     """The changes of those layers, given with their weights, to which every delta adds a plain product.
 
@@ -68,9 +69,9 @@ def products(batch: Iterable[tuple[AdapterLayer, Tensor, Terms]]) -> dict[Adapte
     changes: dict[AdapterLayer, Change] = {}
     for like, members in groups.items():
         bank = Bank.empty(len(members), like)
-        bank.write(range(len(members)), [stack for _, stack in members], like.ranks)
+        bank.write(range(len(members)), columns_of([stack for _, stack in members]), like.ranks)
         for (layer, _), (down, up) in zip(members, bank.parts(), strict=True):
-            changes[layer] = Change(down=down.flatten(1), up=up)
+            changes[layer] = Change(down=down if down.ndim == 2 else down.flatten(1), up=up)
     return changes
 
 

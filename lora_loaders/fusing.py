@@ -9,9 +9,9 @@ before fusing proves each restored weight.
 """
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import Any
 
@@ -189,15 +189,13 @@ def _rewrite(wanted: Wanted, safe_fusing: bool) -> None:
     before: list[tuple[AdapterLayer, dict[str, float]]] = []
     try:
         _bring(wanted, safe_fusing, before)
-        refresh(layer for layer, _ in wanted)
     except BaseException:
         _bring(list(reversed(before)), False, [])
-        refresh(layer for layer, _ in wanted)
         raise
 
 
 def _bring(wanted: Wanted, safe_fusing: bool, before: list[tuple[AdapterLayer, dict[str, float]]]) -> None:
-    """Fuse and unfuse, many layers at once, and list in `before` what was fused into those that have been begun."""
+    """Fuse and unfuse, many layers at once, and list in `before` what was fused into those begun; slots follow."""
     late: Originals | None = None
     for are_plain, batch in _batches(wanted):
         for layer, _ in batch:
@@ -207,11 +205,12 @@ def _bring(wanted: Wanted, safe_fusing: bool, before: list[tuple[AdapterLayer, d
         if late is not None:
             late.compact()
         late = originals
+    refresh(layer for layer, _ in wanted)  # while the device still works on the last batch
     if late is not None:
         late.compact()
 
 
-def _batches(wanted: Wanted) -> Iterator[tuple[bool, Wanted]]:
+def _batches(wanted: Wanted) -> list[tuple[bool, Wanted]]:
     """The layers in runs of equal plain weights, the others one by one; each time, whether they are plain."""
 
     def size(layer: AdapterLayer) -> tuple[bool, int, str, str]:
@@ -219,10 +218,14 @@ def _batches(wanted: Wanted) -> Iterator[tuple[bool, Wanted]]:
         return is_plain(layer.base_layer), weight.numel(), str(weight.dtype), str(weight.device)
 
     sized = sorted(((size(item[0]), item) for item in wanted), key=itemgetter(0))
+    runs: list[tuple[bool, Wanted]] = []
     for (plain, *_), group in groupby(sized, itemgetter(0)):
         layers = [item for _, item in group]
         step = Originals.most(held(layers[0][0].base_layer, "weight")) if plain else 1
-        yield from ((plain, layers[start : start + step]) for start in range(0, len(layers), step))
+        runs += [(plain, layers[start : start + step]) for start in range(0, len(layers), step)]
+    # Large weights keep the device busy and many small ones this thread: in turns, neither waits long for the other.
+    few, many = runs[: len(runs) // 2 : -1], runs[: len(runs) // 2 + 1]
+    return [run for pair in zip_longest(few, many) for run in pair if run is not None]
 
 
 @torch.no_grad()

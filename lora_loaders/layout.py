@@ -126,13 +126,17 @@ def every_module(model: nn.Module, *, adapters: bool = True) -> list[nn.Module]:
         model: the model.
         adapters: whether the modules that hold adapters' parameters are wanted, several for each adapter of a layer.
     """
-    found = [model]
-    for module in found:  # which grows meanwhile
-        if adapters or not isinstance(module, AdapterLayer):
-            found.extend(filter(None, children(module).values()))
-        else:
+    found: list[nn.Module] = []
+    level = [model]
+    while level:
+        found += level
+        bases: list[nn.Module] = []
+        if not adapters:
+            layers = [module for module in level if isinstance(module, AdapterLayer)]
             # Past attribute access, which falls through to the base layer's; a raw parameter's layer has none there.
-            found.append(children(module).get("base_layer") or module.base_layer)
+            bases = [children(layer).get("base_layer") or layer.base_layer for layer in layers]
+            level = [module for module in level if not isinstance(module, AdapterLayer)] if layers else level
+        level = [child for module in level for child in children(module).values() if child is not None] + bases
     return found
 
 

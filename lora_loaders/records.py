@@ -14,7 +14,7 @@ from .layers.base_weight import BITS, Record, read_original, read_weight
 from .layers.layer import AdapterLayer
 from .layers.memory import memory_of
 
-LARGEST = 1 << 28
+LARGEST = 1 << 29
 """Elements of the weights whose originals are held at the same time, at most."""
 
 
@@ -131,16 +131,20 @@ class Originals:
 
     Counting that waits for the device, so it is done for many weights at once.
 
-    Shapes: weights, restored and missed `[layers, elements]`.
+    Shapes: weights and restored `[layers, elements]`, missed `[layers, words]`.
     """
 
     weights: Tensor
-    results: Sequence[Tensor]
-    """The weights themselves, to be fused."""
     restored: Tensor
     """What subtracting the change from the fused weight gives."""
-    missed: Tensor
-    """Where that is another."""
+    results: Sequence[Tensor]
+    """The weights themselves, to be fused."""
+    copies: Sequence[Tensor]
+    """The rows of `weights` in their own shapes."""
+    again: Sequence[Tensor]
+    """The rows of `restored` likewise."""
+    missed: Tensor | None = None
+    """Which words of `restored` are not those of `weights`."""
     done: Any = None
     """The event after which all is written that compacting reads."""
     fused: list[Fused] = field(default_factory=list[Fused])
@@ -148,7 +152,7 @@ class Originals:
 
     @staticmethod
     def most(weight: Tensor) -> int:
-        """How many weights like this one are to be held at once: a fifth of what memory is free, or 1.3 GB."""
+        """How many weights like this one are to be held at once: a fifth of what memory is free, or 2.7 GB."""
         free, _ = memory_of(weight.device)
         each = weight.numel() * (2 * weight.element_size() + 1)
         return max(1, min(LARGEST // weight.numel(), free // 5 // each))
@@ -157,82 +161,89 @@ class Originals:
     def of(cls, weights: Sequence[Tensor]) -> "Originals":
         """Copies of these weights, which are about to be fused into."""
         kept = torch.empty(len(weights), weights[0].numel(), dtype=weights[0].dtype, device=weights[0].device)
-        for row, weight in zip(kept, weights, strict=True):
-            row.view(weight.shape).copy_(weight)  # one by one at the full speed of memory, together at two thirds
-        return cls(kept, weights, torch.empty_like(kept), torch.empty_like(kept, dtype=torch.bool))
+        restored = torch.empty_like(kept)
+        copies, again = (
+            [row.view(weight.shape) for row, weight in zip(rows.unbind(), weights, strict=True)]
+            for rows in (kept, restored)
+        )
+        for copy, weight in zip(copies, weights, strict=True):
+            copy.copy_(weight)  # one by one at the full speed of memory, together at two thirds
+        return cls(kept, restored, weights, copies, again)
 
     def copy(self) -> Tensor:
         """The copy of the weight that is fused into next."""
-        row = len(self.fused)
-        return self.weights[row].view(self.results[row].shape)
+        return self.copies[len(self.fused)]
 
     def subtract(self, fused: Fused, change: Change) -> None:
         """Note what the last copied weight is when the change is taken out of it again."""
         row = len(self.fused)
         self.fused.append(fused)
         self.changes.append(change)
-        weight = self.results[row]
-        change.add_to(weight, -1.0, out=self.restored[row].view(weight.shape))
+        change.add_to(self.results[row], -1.0, out=self.again[row])
 
     def close(self) -> None:
         """No weight comes after this: find what subtraction missed."""
         # Bit patterns, not values: -0.0 equals 0.0, and NaN equals nothing.
-        bits = BITS[self.weights.element_size()]
-        torch.ne(self.restored.view(bits), self.weights.view(bits), out=self.missed)
-        del self.restored
+        self.missed = _words(self.restored) != _words(self.weights)
         self.done = torch.cuda.current_stream(self.weights.device).record_event() if self.weights.is_cuda else None
 
     @torch.no_grad()
     def compact(self) -> None:
         """Let each layer's record be the missed positions and their values instead of the copy, if that is smaller."""
-        layers, size = len(self.fused), self.weights.shape[1]
-        if not layers:
+        size = self.weights.shape[1]
+        if not self.fused:
             return
         # Beside the main stream: the next weights are fused while this waits for what it counts.
         side = _side_stream(self.weights.device) if self.done is not None else None
         if side is not None:
             side.wait_event(self.done)
         with torch.cuda.stream(side):
-            where, values, checksums, edges = self._counted(layers, size)
+            where, values, checksums, counts = self._counted(len(self.fused), size)
         each = where.element_size() + values.element_size()
         is_smaller = [
-            (edges[row + 1] - edges[row]) * each + change.memory() < size * values.element_size()
-            for row, change in enumerate(self.changes)
+            count * each + change.memory() < size * values.element_size()
+            for count, change in zip(counts, self.changes, strict=True)
         ]
-        for row, (fused, change) in enumerate(zip(self.fused, self.changes, strict=True)):
+        parts = zip(where.split(counts), values.split(counts), checksums.unbind(), strict=True)
+        for row, (fused, change, part) in enumerate(zip(self.fused, self.changes, parts, strict=True)):
             assert fused.copy is not None
             if not is_smaller[row]:
                 fused.copy, fused.checksum = fused.copy.clone(), checksum_of(self.results[row])
                 continue
-            own = slice(edges[row], edges[row + 1])
-            fused.where, fused.values = where[own], values[own]
-            fused.change, fused.checksum, fused.copy = change, checksums[row], None
+            fused.where, fused.values, fused.checksum = part
+            fused.change, fused.copy = change, None
             if not all(is_smaller):  # a part would keep all of it in memory, that of the copied weights too
                 fused.where, fused.values, fused.change = fused.where.clone(), fused.values.clone(), change.apart()
 
     def _counted(self, layers: int, size: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Positions and values that were missed, each weight's checksum, and where each weight's part begins."""
-        where = self.missed[:layers].flatten().nonzero().squeeze(1)
+        """Positions and values that were missed, each weight's checksum, and how many positions each weight has."""
+        assert self.missed is not None
+        # Words first: `nonzero` takes as long for each element, however wide, and five of six words were met.
+        hit = self.missed[:layers].flatten().nonzero().squeeze(1)
+        words, again = (_words(kept).flatten()[hit] for kept in (self.weights, self.restored))
+        each = words.element_size() // self.weights.element_size()
+        bits = BITS[self.weights.element_size()]
+        inside = (words.view(bits) != again.view(bits)).nonzero().squeeze(1)
+        where = hit[inside // each] * each + inside % each
+        values = words.view(self.weights.dtype)[inside]
         starts = torch.arange(layers + 1, device=where.device) * size
-        edges = torch.searchsorted(where, starts)
-        values, where = self.weights.flatten()[where], where % size
+        counts = torch.searchsorted(where, starts).diff()
+        where = where % size
         where = where.int() if size < 2**31 else where
-        checksums = _checksums(self.weights[:layers])
-        return where, values, checksums, edges.tolist()  # which waits until all of it is done
+        checksums = _words(self.weights[:layers]).sum(1, dtype=torch.int64)
+        return where, values, checksums, counts.tolist()  # which waits until all of it is done
 
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # or it waits for all the work that it is to run beside
 
 
 def checksum_of(weight: Tensor) -> Tensor:
     """Sum of the bit patterns of one weight."""
-    return _checksums(weight.contiguous().view(1, -1))[0]
+    return _words(weight.contiguous().view(1, -1)).sum(dtype=torch.int64)
 
 
-def _checksums(weights: Tensor) -> Tensor:
-    """Sum of the bit patterns of each row."""
-    # Eight bytes at a time where they come out even: a sum of narrower integers is widened in memory first.
-    size = 8 if weights[0].nbytes % 8 == 0 else weights.element_size()
-    return weights.view(BITS[size]).sum(1, dtype=torch.int64)
+def _words(weights: Tensor) -> Tensor:
+    """The bit patterns of each row, eight bytes at a time where they come out even: few wide ones are fast."""
+    return weights.view(BITS[8 if weights[0].nbytes % 8 == 0 else weights.element_size()])

@@ -508,6 +508,23 @@ def test_the_record_is_far_smaller_than_a_copy(dtype: torch.dtype) -> None:
     assert kept < 0.06 * weight.numel() * weight.element_size()
 
 
+@pytest.mark.parametrize("size", [(63, 67), (62, 65), (64, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_record_of_any_size_gives_every_bit_back(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """Misses are looked for in words of eight bytes; these weights end in the middle of one, at one, and in between."""
+    torch.manual_seed(0)
+    outputs, inputs = size
+    model: Any = nn.ModuleDict({name: nn.Linear(inputs, outputs, bias=False) for name in "abc"}).to(dtype)
+    before = bits(model)
+    down, up = torch.randn(2, inputs) * 0.03, torch.randn(outputs, 2) * 0.03
+    deltas = {name: build({"down": down, "up": up * (1 + number)}, None) for number, name in enumerate("abc")}
+    apply(plan_adapter({"model": model}, Adapter({"model": deltas})), "x")
+    fusing.fuse(model)
+    assert all(model[name].fused.copy is None and model[name].fused.where.numel() for name in "abc")
+    fusing.unfuse(model)
+    assert changed_bits(before, model) == []
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_weight_that_was_changed_since_is_not_silently_restored_wrong(kind: str) -> None:
     model: Any = nn.ModuleDict({"linear": nn.Linear(128, 128)})  # of a smaller one a copy is kept in any case

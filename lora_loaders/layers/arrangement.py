@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_loaders.deltas import Factors
-
+from .banks import Column, columns_of
+from .contribution import Contribution
 from .layer import AdapterLayer
 from .parameter import ParameterLayer
 from .slots import Written, bank_of, clear_rest, refresh
@@ -32,10 +32,30 @@ class Group(NamedTuple):
     """Slots that lie in one bank and are written together."""
 
     layers: Sequence[AdapterLayer]
-    terms: Sequence[Sequence[tuple[str, Factors]]]
-    """For each layer the adapters that contribute to it, by name."""
+    names: Sequence[Sequence[str]]
+    """For each column the adapter that each layer has there."""
+    columns: Sequence[Column]
+    """The factors, with their scales at a weight of 1."""
     seats: Sequence[int]
     ranks: Sequence[int]
+
+    @classmethod
+    def of(cls, written: Written, contributions: Mapping[AdapterLayer, Sequence[tuple[str, Contribution]]]) -> "Group":
+        """What has just been written, with what the layers contribute."""
+        layers = [layer for layer, _ in written.members]
+        terms = [[(name, one.factors) for name, one in contributions[layer] if one.factors] for layer in layers]
+        names = [[name for name, _ in column] for column in zip(*terms, strict=True)]
+        columns = columns_of([[(factors, 1.0) for _, factors in own] for own in terms])
+        return cls(layers, names, columns, written.seats, written.ranks)
+
+    def write(self) -> None:
+        """Write these slots anew, with the weights that the layers have now."""
+        weights = [layer.weights for layer in self.layers]
+        columns = [
+            column._replace(scales=[s * w[n] for s, w, n in zip(column.scales, weights, names, strict=True)])
+            for names, column in zip(self.names, self.columns, strict=True)
+        ]
+        bank_of(self.layers[0]).write(self.seats, columns, self.ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +87,7 @@ class Arrangement:
         if len(by_layer) < len(layers):
             return None
         contributions = [one for own in by_layer.values() for _, one in own]
-        groups = [
-            Group(
-                group := [layer for layer, _ in members],
-                [[(name, one.factors) for name, one in by_layer[layer] if one.factors] for layer in group],
-                seats,
-                ranks,
-            )
-            for members, seats, ranks in written
-        ]
+        groups = [Group.of(own, by_layer) for own in written]
         holders = [holder for one in contributions for holder in one.holders or ()]
         parameters: list[Any] = list(map(_WEIGHT, holders))
         watched = [tuple(p for _, one in own for p in one.parameters) for own in by_layer.values()]
@@ -96,12 +108,8 @@ class Arrangement:
     @torch.no_grad()
     def write(self) -> None:
         """Write all slots anew, with the weights that the layers have now."""
-        for layers, terms, seats, ranks in self.groups:
-            stacks = [
-                [(factors, layer.weights[name]) for name, factors in own]
-                for layer, own in zip(layers, terms, strict=True)
-            ]
-            bank_of(layers[0]).write(seats, stacks, ranks)
+        for group in self.groups:
+            group.write()
         for layer, watched in zip(self.layers, self.watched, strict=True):
             if not _PRODUCT.issuperset(layer.filled) or layer.computed:
                 clear_rest(layer)

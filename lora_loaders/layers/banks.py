@@ -14,6 +14,22 @@ Stack = Sequence[tuple[Factors, float]]
 """The factors that a slot is to hold, each with its adapter's weight."""
 
 
+class Column(NamedTuple):
+    """What slots that are written together hold of one adapter each, slot by slot."""
+
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
+    scales: Sequence[float]
+
+
+def columns_of(stacks: Sequence[Stack]) -> list[Column]:
+    """The first factors of all slots, the second of all, and so on."""
+    return [
+        Column([f.down for f, _ in terms], [f.up for f, _ in terms], [f.scaling * weight for f, weight in terms])
+        for terms in zip(*stacks, strict=True)
+    ]
+
+
 class Likeness(NamedTuple):
     """What layers have in common whose slots can be written together."""
 
@@ -57,23 +73,19 @@ class Bank:
         # `.data`, since a view would drag its whole bank into a compiler's trace.
         return [(down.data, up.data) for down, up in zip(self.down.unbind(), self.up.unbind(), strict=True)]
 
-    def write(
-        self, seats: Sequence[int], stacks: Sequence[Sequence[tuple[Factors, float]]], ranks: Sequence[int]
-    ) -> None:
+    def write(self, seats: Sequence[int], columns: Sequence[Column], ranks: Sequence[int]) -> None:
         """Put each layer's adapters one below the other into its slot, scales folded into `down`, and zero the rest.
 
         Args:
             seats: which of the bank's layers, ascending.
-            stacks: for each of them its adapters' factors with their weights.
+            columns: for each adapter these layers' factors with their scales.
             ranks: rank of each adapter, the same for all of these layers.
         """
         chosen = None if len(seats) == len(self.down) else torch.tensor(seats, device=self.down.device)
         stops = list(accumulate(ranks, initial=0))
-        for number, (start, stop) in enumerate(pairwise(stops)):
-            terms = [stack[number] for stack in stacks]
-            scales = [factors.scaling * weight for factors, weight in terms]
-            downs = _together([factors.down for factors, _ in terms], self.down)
-            ups = _together([factors.up for factors, _ in terms], self.up)
+        for column, (start, stop) in zip(columns, pairwise(stops), strict=True):
+            scales = column.scales
+            downs, ups = _together(column.downs, self.down), _together(column.ups, self.up)
             target = self.down[:, start:stop]
             scale = scales[0] if len(set(scales)) == 1 else self._spread(scales)
             if chosen is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_loaders.deltas import Delta, Factors, Kron
 from lora_loaders.deltas.base import computing
 
-from .banks import Bank, Likeness, Stack, seat_of
+from .banks import Bank, Likeness, Stack, columns_of, seat_of
 from .base_weight import adapter_dtype, adapter_place, logical_shape
 from .contribution import Term
 from .held import held, original_bias
@@ -159,12 +159,12 @@ def _write_together(like: Likeness, members: Sequence[Member]) -> Iterator[Writt
         bank = Bank.empty(len(homeless), like)
         for (layer, _), (down, up) in zip(homeless, bank.parts(), strict=True):
             layer.take_slot(down, up)
-        bank.write(range(len(homeless)), [stack for _, stack in homeless], like.ranks)
+        bank.write(range(len(homeless)), columns_of([stack for _, stack in homeless]), like.ranks)
         yield Written(homeless, range(len(homeless)), like.ranks)
     for numbered in seated.values():
         seats = sorted(numbered)
         members = [numbered[number] for number in seats]
-        bank_of(members[0][0]).write(seats, [stack for _, stack in members], like.ranks)
+        bank_of(members[0][0]).write(seats, columns_of([stack for _, stack in members]), like.ranks)
         yield Written(members, seats, like.ranks)
 
 

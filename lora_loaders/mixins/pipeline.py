@@ -198,6 +198,8 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
         layers = {component: adapter_layers(model) for component, model in components.items()}
         weights = [
             nested(weight, {c: [path for path, layer in own if name in layer.templates] for c, own in layers.items()})
+            if isinstance(weight, Mapping)
+            else weight
             for name, weight in zip(names, one_each(names, adapter_weights), strict=True)
         ]
         snapshots = {name: activity.snapshot(model) for name, model in components.items()}
