@@ -7,6 +7,7 @@ from torch import nn
 from .deltas import LoraDelta
 from .layers.base_weight import is_plain
 from .layers.layer import AdapterLayer
+from .layers.walks import forget
 from .layout import base_of
 
 
@@ -31,6 +32,7 @@ def widen(layer: AdapterLayer, model: nn.Module, inputs: int) -> None:
     assert isinstance(base, nn.Linear)
     before = base.in_features
     layer.base_layer, layer.narrow_bases = _widened(base, inputs), (base,)
+    forget()
     layer.resize_inputs(inputs)
     _register_inputs(model, before, inputs)
 
@@ -47,6 +49,7 @@ def narrow(layer: AdapterLayer, model: nn.Module) -> None:
         base.weight.data = weight.contiguous()
     base.bias = wide.bias
     layer.base_layer, layer.narrow_bases = base, ()
+    forget()
     layer.resize_inputs(base.in_features)
     _register_inputs(model, wide.in_features, base.in_features)
 

@@ -315,8 +315,7 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     if unknown:
         writing.problems.append(f"{where}: the format has no words for {', '.join(sorted(unknown))}")
         return
-    is_embedding = isinstance(inner, LoraDelta) and inner.embedding
-    if isinstance(delta, DoraDelta) and delta.per_input and form.magnitude == "out" and not is_embedding:
+    if isinstance(delta, DoraDelta) and delta.per_input and form.magnitude == "out" and not inner.is_embedding:
         writing.problems.append(f"{where}: the format keeps DoRA magnitudes per output, this one is per input")
         return
     if "diff_m" in slots:

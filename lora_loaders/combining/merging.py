@@ -238,10 +238,8 @@ def _side_by_side(parts: Sequence[_Part], pairs: Sequence[Pair], goal: Goal, dty
     whole = Pair(torch.cat([up.to(wide) for up in ups], 1), torch.cat([pair.down.to(wide) for pair in pairs]))
     cut = whole if goal.keeps_all else of_product(*whole, goal.at(shape[2:]))
     made = lora_of(cut, FullDelta(), shape, dtype)
-    first = parts[0].delta
-    is_embedding = isinstance(first, LoraDelta) and first.embedding
     biases: Any = _bias(parts, dtype, scaling=scaling)
-    made = replace(made, alpha=scaling * made.rank, **biases, embedding=is_embedding)
+    made = replace(made, alpha=scaling * made.rank, **biases, embedding=parts[0].delta.is_embedding)
     return Fitted(made, fit_of_product(Pair(whole.up * scaling, whole.down), made))
 
 

@@ -72,7 +72,7 @@ def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
     if "magnitude" not in slots:
         return delta
     magnitude = slots["magnitude"]
-    if isinstance(delta, LoraDelta) and delta.embedding:
+    if delta.is_embedding:
         magnitude = magnitude.reshape(1, -1)  # PEFT sees an embedding's weight transposed: one of each feature
     return DoraDelta(inner=delta, magnitude=magnitude)
 

@@ -145,6 +145,11 @@ class Delta(ABC):
         # A vector is a column: it has one input.
         return all(size in (-1, wanted) for size, wanted in zip(self.shape, (*weight_shape, 1), strict=False))
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its factors are an embedding's, which PEFT keeps transposed."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensor fields by name."""
         held = vars(self)

@@ -53,6 +53,11 @@ class DoraDelta(Delta):
         return self.inner.shape
 
     @property
+    def is_embedding(self) -> bool:
+        """That of the inner delta."""
+        return self.inner.is_embedding
+
+    @property
     def rank(self) -> int | None:
         """Inner dimension of the inner delta."""
         return self.inner.rank

@@ -65,6 +65,11 @@ class LoraDelta(Delta):
         return self.tensors()
 
     @property
+    def is_embedding(self) -> bool:
+        """See `Delta.is_embedding`."""
+        return self.embedding
+
+    @property
     def rank(self) -> int:
         """Inner dimension."""
         return self.down.shape[0]

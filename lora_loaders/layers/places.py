@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 from typing_extensions import Self
 
-from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
+from lora_loaders.deltas import Delta
 
 # Delta field -> where its parameter stands in the layer: container, and leaf inside the adapter's entry ("": the entry
 # is the parameter itself).
@@ -53,7 +53,10 @@ class _Bare(nn.Module):
     def blank(cls, training: bool) -> Self:
         """What `cls()` gives."""
         module = cls.__new__(cls)
-        vars(module).update(_SINGLE, training=training, **{name: {} for name in _TREE})
+        state = vars(module)
+        state.update(_SINGLE, training=training)
+        for name in _TREE:
+            state[name] = {}
         return module
 
 
@@ -92,5 +95,4 @@ def place_of(delta: Delta, slot: str) -> tuple[str, str]:
 
 def is_transposed(delta: Delta, slot: str) -> bool:
     """Whether the field is stored transposed, as an embedding's factors are."""
-    plain = delta.inner if isinstance(delta, DoraDelta) else delta
-    return isinstance(plain, LoraDelta) and plain.embedding and slot in EMBEDDING_PARAMETERS
+    return delta.is_embedding and slot in EMBEDDING_PARAMETERS
