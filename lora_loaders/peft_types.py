@@ -70,11 +70,14 @@ def plain(delta: Delta) -> Delta:
     Raises:
         ConversionError: only that configuration can say it, or a scaling cannot be multiplied in without rounding.
     """
-    if isinstance(delta, InputOftDelta) and (delta.neumann_terms, delta.limit, delta.turns_patches) != (5, None, False):
-        raise ConversionError(
-            "the format has no words for PEFT's OFT: its series, its constraint and the sense of a convolution's "
-            "rotation stand in PEFT's configuration alone"
-        )
+    if isinstance(delta, InputOftDelta):
+        if (delta.neumann_terms, delta.limit, delta.turns_patches) != (5, None, False):
+            raise ConversionError(
+                "the format has no words for PEFT's OFT: its series, its constraint and the sense of a convolution's "
+                "rotation stand in PEFT's configuration alone"
+            )
+        # The series' transpose is that of −Q.
+        return replace(delta, oft_R=-delta.oft_R, embedding=False) if delta.embedding else delta
     if isinstance(delta, LokrDelta) and delta.peft_conv1d:
         raise ConversionError(
             "the format has no words for PEFT's LoKr of a Conv1d, whose whole w2 is lined up in a way of its own",

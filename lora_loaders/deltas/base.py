@@ -145,6 +145,10 @@ class Delta(ABC):
         # A vector is a column: it has one input.
         return all(size in (-1, wanted) for size, wanted in zip(self.shape, (*weight_shape, 1), strict=False))
 
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """Groups of a convolution whose inputs this tells apart; 1 where all rows of that weight share theirs."""
+        return 1
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensor fields by name."""
         held = vars(self)

@@ -91,8 +91,9 @@ class Algebra:
     """One row: how a peer is told to make it, and its formula.
 
     `lycoris` and `peft` are the arguments of their trainers, or the reason why there is none; `by_hand` gives the
-    tensors of a file for such a weight, where no trainer writes one. `on` are the kinds of layers that it can change:
-    the weight of a norm is a vector, which has no factors to multiply, no rows to turn and no columns.
+    tensors of a file for such a weight, where no trainer writes one for some layer, and `config` the configuration
+    beside it if it is one of PEFT's. `on` are the kinds of layers that it can change: the weight of a norm is a
+    vector, which has no factors to multiply, no rows to turn and no columns.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Algebra:
     peft: tuple[str, Mapping[str, Any]] | str = "PEFT has none"
     on: tuple[str, ...] = ("linear", "embedding", "conv")
     by_hand: Callable[[Tensor], Shapes] | str = "a trainer writes it"
+    config: Mapping[str, Any] | None = None
 
 
 def factors(w: Tensor) -> Shapes:
@@ -142,6 +144,31 @@ def whole_lokr(w: Tensor) -> Shapes:
     return {".lokr_w1": (4, 4), ".lokr_w2": (len(w) // 4, w.shape[1] // 4, *w.shape[2:])}
 
 
+def peft_factors(w: Tensor) -> Shapes:
+    return {".lora_A.weight": (4, *w.shape[1:]), ".lora_B.weight": (len(w), 4, *[1] * (w.ndim - 2))}
+
+
+def peft_factors_with_bias(w: Tensor) -> Shapes:
+    return {**peft_factors(w), ".lora_B.bias": (len(w),)}
+
+
+def peft_triangles(w: Tensor) -> Shapes:
+    return {".oft_R.weight": (w[0].numel() // 4, 6)}
+
+
+def peft_butterfly(w: Tensor) -> Shapes:
+    scale = 1 + 0.3 * torch.randn((len(w), 1) if w.ndim == 2 else (1, len(w)), dtype=torch.float64)
+    return {".boft_R": (1, w[0].numel() // 4, 4, 4), ".boft_s": scale}
+
+
+def peft_gains(axis: int) -> Callable[[Tensor], Shapes]:
+    def shapes(w: Tensor) -> Shapes:
+        gains = [w.shape[axis] if place == (axis if w.ndim == 2 else 1) else 1 for place in range(w.ndim)]
+        return {".ia3_l": gains}
+
+    return shapes
+
+
 def input_triangles(w: Tensor) -> Shapes:
     return {".oft_R": (w[0].numel() // 4, 6)}
 
@@ -157,10 +184,16 @@ def conv_glora(w: Tensor) -> Shapes:
     return {f".{name}.weight": (*shape, *kernels.get(name, ones)) for name, shape in pairs.items()}
 
 
+def tucker_glora(w: Tensor) -> Shapes:
+    ones = [1] * (w.ndim - 2)
+    return {**conv_glora(w), ".b2.weight": (4, w.shape[1], *ones), ".bm.weight": (4, 4, *w.shape[2:])}
+
+
 def under_dora(inner: Callable[[Tensor], Shapes]) -> Callable[[Tensor], Shapes]:
     return lambda w: {**inner(w), ".dora_scale": (len(w), *[1] * (w.ndim - 1))}
 
 
+NO_PEFT_GLORA = "PEFT's GLoRA is another algebra (no a, b pairs)"
 NO_PEFT_TUCKER = "PEFT has no Tucker core for it"
 NO_DORA, NO_PEFT_DORA = "LyCORIS's DoRA wraps LoRA, LoHa and LoKr only", "PEFT's DoRA wraps LoRA only"
 EXTRACTED = "an extraction writes it; no module of LyCORIS reads it"
@@ -178,9 +211,11 @@ ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("LoRA", low_rank, {"algo": "lora"}, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
     Algebra("LoCon, Tucker", low_rank, {"algo": "lora", "use_tucker": True}, NO_PEFT_TUCKER, on=("conv",)),
     Algebra("rsLoRA", rank_stabilised, "LyCORIS folds it into alpha: the row LoRA", (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_rslora": True})),
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_rslora": True}), by_hand=peft_factors,
+            config={"peft_type": "LORA", "r": 4, "lora_alpha": 2, "use_rslora": True}),
     Algebra("LoRA with bias", low_rank, "LyCORIS has none", (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "lora_bias": True})),
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "lora_bias": True}), by_hand=peft_factors_with_bias,
+            config={"peft_type": "LORA", "r": 4, "lora_alpha": 2, "lora_bias": True}),
     Algebra("DoRA per output", decomposed(low_rank), {"algo": "lora", "dora_wd": True}, (
         "LoraConfig", {"r": 4, "lora_alpha": 2, "use_dora": True})),
     Algebra("DoRA per input", decomposed(low_rank), {"algo": "lora", "dora_wd": True, "wd_on_output": False},
@@ -206,15 +241,19 @@ ALGEBRAS: tuple[Algebra, ...] = (
             "PEFT turns inputs: the next rows"),
     Algebra("BOFT", butterfly, {"algo": "boft", "rescaled": True}, "PEFT turns inputs: the next rows"),
     Algebra("OFT of inputs", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4}), on=("linear", "conv")),
+        "OFTConfig", {"r": 0, "oft_block_size": 4}), by_hand=peft_triangles, config={"peft_type": "OFT"}),
     Algebra("OFT of inputs, exact", input_rotation(exact=True), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}), on=("linear", "conv")),
+        "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}), by_hand=peft_triangles,
+            config={"peft_type": "OFT", "use_cayley_neumann": False}),
     Algebra("OFT of inputs, shared", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True}), on=("linear", "conv")),
+        "OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True}),
+            by_hand=lambda w: {".oft_R.weight": (1, 6)}, config={"peft_type": "OFT", "block_share": True}),
     Algebra("OFT of inputs, constraint", input_rotation(exact=False, eps=1e-2), "LyCORIS turns outputs: the rows above",
-            ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2}), on=("linear", "conv")),
+            ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2}), by_hand=peft_triangles,
+            config={"peft_type": "OFT", "coft": True, "eps": 1e-2}),
     Algebra("BOFT of inputs", input_butterfly, "LyCORIS turns outputs: the rows above", (
-        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1})),
+        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1}), by_hand=peft_butterfly,
+            config={"peft_type": "BOFT"}),
     Algebra("BOFT of inputs, two factors", input_butterfly, "LyCORIS turns outputs: the rows above", (
         "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}), on=("linear",)),
     Algebra("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), "LyCORIS turns outputs: the rows above",
@@ -222,13 +261,17 @@ ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("OFT of inputs, scaled_oft", onetrainer_rotation(scaled=True), "LyCORIS turns outputs: the rows above",
             "OneTrainer alone divides so", ("linear", "conv"), scaled_triangles),
     Algebra("OFT, oft_diag", turned, "LyCORIS has it no more", "PEFT turns inputs: the rows above", by_hand=rotations),
-    Algebra("GLoRA", glora, {"algo": "glora"}, "PEFT's GLoRA is another algebra (no a, b pairs)"),
+    Algebra("GLoRA", glora, {"algo": "glora"}, NO_PEFT_GLORA, ("linear", "embedding")),
+    Algebra("GLoRA", glora, {"algo": "glora"}, NO_PEFT_GLORA, ("conv",), conv_glora),
+    Algebra("GLoRA, Tucker", glora, {"algo": "glora", "use_tucker": True}, NO_PEFT_GLORA, ("conv",), tucker_glora),
     Algebra("GLoRA, older names", glora, "LyCORIS has it no more", on=("linear", "embedding"), by_hand=old_glora),
     Algebra("IA3", ia3, {"algo": "ia3"}, "PEFT's gains take the bias along: the next rows"),
     Algebra("IA3 of outputs with bias", gains(on_input=False), "LyCORIS leaves the bias: the row above", (
-        "IA3Config", {"feedforward_modules": []})),
+        "IA3Config", {"feedforward_modules": []}), by_hand=peft_gains(0),
+            config={"peft_type": "IA3", "feedforward_modules": []}),
     Algebra("IA3 of inputs", gains(on_input=True), "LyCORIS adds to 1 what PEFT multiplies: the row above", (
-        "IA3Config", {"feedforward_modules": ["it"]})),
+        "IA3Config", {"feedforward_modules": ["it"]}), by_hand=peft_gains(1),
+            config={"peft_type": "IA3", "feedforward_modules": ["it"]}),
     Algebra("full difference", full, {"algo": "full"}, "PEFT has none (`modules_to_save` replaces modules)",
             ("linear", "embedding", "conv", "norm", "parameter"), lambda w: {".diff": w.shape}),
     Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, on=("norm",),
