@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deltas import Delta, DoraDelta, GainDelta, InputBoftDelta, InputOftDelta, LohaDelta, LokrDelta, LoraDelta
+from .deltas import (
+    Delta,
+    DoraDelta,
+    ExpertsDelta,
+    GainDelta,
+    InputBoftDelta,
+    InputOftDelta,
+    LohaDelta,
+    LokrDelta,
+    LoraDelta,
+)
 from .errors import ConversionError
 
 Config = dict[str, Any]
@@ -131,6 +141,8 @@ def refuse_unreadable(delta: Delta) -> None:
         ConversionError: it would.
     """
     inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    if delta.of_parameter and not isinstance(delta, LoraDelta | ExpertsDelta):
+        raise ConversionError(f"PEFT changes raw parameters by LoRA alone, not by {delta.kind}", mend=PEFT_WAYS_OUT)
     if isinstance(delta, DoraDelta) and not isinstance(inner, LoraDelta):
         raise ConversionError(f"PEFT leaves out the DoRA magnitude of a {inner.kind}", mend=PEFT_WAYS_OUT)
     if inner.bias is not None:

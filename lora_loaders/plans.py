@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta, SetDelta
+from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta, RowsDelta, SetDelta
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
 from .layers.kinds import EMBEDDING, PARAMETER, Kind, kind_of
+from .layers.raw import RawParameter
 from .layout import ModelLayout, base_of
 from .siblings import on_model
 from .widening import hinders_widening
@@ -195,6 +196,8 @@ def _bind(
     kind = kind_of(base)
     if kind is None:
         return None, f"a {type(base).__name__} can carry no adapter"
+    if isinstance(delta, ExpertsDelta) and isinstance(base, RawParameter):
+        delta = replace(delta, transposed=base.is_transposed)
     shape = delta.shape
     own = logical_shape(base)
     tensors = delta.tensors()

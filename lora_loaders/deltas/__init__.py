@@ -11,6 +11,7 @@ from .base import Factors as Factors
 from .base import Kron as Kron
 from .boft import InputBoftDelta as InputBoftDelta
 from .dora import DoraDelta as DoraDelta
+from .experts import ExpertsDelta as ExpertsDelta
 from .full import FullDelta as FullDelta
 from .full import SetDelta as SetDelta
 from .glora import GloraDelta as GloraDelta

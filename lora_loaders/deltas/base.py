@@ -61,6 +61,7 @@ class Delta(ABC):
 
     Attributes:
         bias: change of the module's bias `[out]`, added unscaled; None leaves the bias alone.
+        of_parameter: what is changed is known to be a module's own parameter, which PEFT spells in another way.
     """
 
     kind: ClassVar[str]
@@ -68,6 +69,7 @@ class Delta(ABC):
     """Tensor fields whose first dimension runs over the output rows."""
 
     bias: Tensor | None = None
+    of_parameter: bool = False
 
     @classmethod
     @abstractmethod

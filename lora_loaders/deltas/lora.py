@@ -168,8 +168,10 @@ class LoraDelta(Delta):
 
 def _of_groups(down: Tensor, up: Tensor) -> str:
     """What is to be said of PEFT's factors for a grouped convolution, whose outputs meet a share of the rank each."""
+    if down.ndim < 3 or down.ndim != up.ndim:
+        return ""
     groups, rest = divmod(down.shape[0], max(1, up.shape[1]))
-    if down.ndim < 3 or down.ndim != up.ndim or rest or groups < 2:
+    if rest or groups < 2:
         return ""
     return (
         f"; PEFT's of a convolution with {groups} groups are so, and down joins inputs that the groups of this "

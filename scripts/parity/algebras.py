@@ -178,10 +178,14 @@ def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
     peft: Any = import_module("peft")
     assert not isinstance(algebra.peft, str)
     config, options = algebra.peft
+    (parameter, _), *_ = net.it.named_parameters()
+    targets: dict[str, list[str]] = {"target_modules": ["it"]}
+    if parameter not in ("weight", "bias"):
+        targets = {"target_modules": [], "target_parameters": [f"it.{parameter}"]}
     wrapped = peft.get_peft_model(
-        copy.deepcopy(net), getattr(peft, config)(target_modules=["it"], **options), autocast_adapter_dtype=False
+        copy.deepcopy(net), getattr(peft, config)(**targets, **options), autocast_adapter_dtype=False
     )
-    randomised((p for n, p in wrapped.named_parameters() if "base_layer" not in n and "magnitude" not in n), 3)
+    randomised((p for n, p in wrapped.named_parameters() if ".base_layer." not in n and "magnitude" not in n), 3)
     wrapped.to(dtype_of(net)).eval()
     stretch(wrapped, "magnitude")
     out = said(lambda: wrapped(x))
@@ -189,7 +193,7 @@ def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
 
     def merged(path: Path) -> Tensor:
         again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(path), autocast_adapter_dtype=False)
-        return again.to(dtype_of(net)).merge_and_unload().it.weight.detach()
+        return getattr(again.to(dtype_of(net)).merge_and_unload().it, parameter).detach()
 
     return Peer("PEFT", folder / "peft", out, said(lambda: merged(folder / "peft")), merged, "peft")
 
@@ -258,7 +262,8 @@ def measure(algebra: Algebra, layer: str, name: str) -> tuple[Cells, Cells]:
 def refusal(net: Net, file: Path) -> str:
     """Why the tensors of this file make no change of this layer, in the words of the error; empty where they do."""
     try:
-        return "; ".join(planned(net, file).problems)
+        done = planned(net, file)
+        return "; ".join(done.problems or done.unmatched.values())
     except MalformedAdapterError as error:
         return "; ".join(error.problems)
 

@@ -34,6 +34,17 @@ def rank_stabilised(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     return low_rank(s, w, alpha) * math.sqrt(len(pair(s)[1]))
 
 
+def rank_stabilised_stacked(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    return stacked(s, w, alpha) * math.sqrt(len(s["down"]) // len(w))
+
+
+def stacked(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    """A product for each expert: rows of down one expert after another, columns of up all experts in turn."""
+    experts, rank = len(w), len(s["down"]) // len(w)
+    products = [s["up"][:, e::experts] @ s["down"][e * rank : (e + 1) * rank] for e in range(experts)]
+    return scale(alpha, rank) * torch.stack(products)
+
+
 def hadamard(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     halves = []
     for n in "12":

@@ -23,8 +23,10 @@ from formulas import (
     nothing,
     onetrainer_rotation,
     rank_stabilised,
+    rank_stabilised_stacked,
     replaced,
     rotation,
+    stacked,
     turned,
     with_remainder,
 )
@@ -43,6 +45,17 @@ class Table(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-2) * (1 + self.modulation)
+
+
+class Experts(nn.Module):
+    """A module with the weights of three experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = nn.Parameter(torch.randn(3, OUT, IN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...eo", x, self.projections)
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ LAYERS: Mapping[str, Layer] = {
     "RMSNorm of diffusers": Layer("norm", lambda: RMSNorm(IN, 1e-6), (2, 3, IN)),
     "T5LayerNorm": Layer("norm", lambda: T5LayerNorm(IN), (2, 3, IN)),
     "raw parameter": Layer("parameter", Table, (2, 3, IN), "modulation"),
+    "raw parameter of experts": Layer("experts", Experts, (2, 3, IN), "projections"),
 }
 STAND_INS: Mapping[int, Callable[[], nn.Module]] = {2: lambda: nn.Linear(IN, OUT, bias=False), 4: LAYERS["Conv2d"].make}
 """Axes of a weight -> the layer whose files fit the layers of that many axes that a peer does not know."""
@@ -173,6 +187,10 @@ def input_triangles(w: Tensor) -> Shapes:
     return {".oft_R": (w[0].numel() // 4, 6)}
 
 
+def bounded_rotations(w: Tensor) -> Shapes:
+    return {".oft_blocks": (len(w) // 4, 4, 4), ".rescale": (len(w), 1), ".alpha": torch.tensor(0.01)}
+
+
 def scaled_triangles(w: Tensor) -> Shapes:
     return {**input_triangles(w), ".oft_R.scaled_oft": torch.tensor(True)}
 
@@ -197,15 +215,29 @@ NO_PEFT_GLORA = "PEFT's GLoRA is another algebra (no a, b pairs)"
 NO_PEFT_TUCKER = "PEFT has no Tucker core for it"
 NO_DORA, NO_PEFT_DORA = "LyCORIS's DoRA wraps LoRA, LoHa and LoKr only", "PEFT's DoRA wraps LoRA only"
 EXTRACTED = "an extraction writes it; no module of LyCORIS reads it"
-MODULES = "not asked: its files name modules"
-OF_PARAMETERS: tuple[tuple[str, Formula, Callable[[Tensor], Shapes]], ...] = (
-    ("LoRA", low_rank, factors),
-    ("LoHa", hadamard, loha),
-    ("LoKr, both whole", kronecker, whole_lokr),
-    ("DoRA per output", decomposed(low_rank), under_dora(factors)),
-    ("OFT, oft_diag", turned, rotations),
-    ("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), input_triangles),
-    ("IA3", ia3, lambda w: {".weight": (len(w),), ".on_input": torch.tensor(0)}),
+MODULES, LORA_ALONE = "LyCORIS wraps modules, no parameters", "PEFT's `target_parameters` are for LoRA alone"
+RS_LORA = {"r": 4, "lora_alpha": 2, "use_rslora": True}
+Peft = tuple[str, Mapping[str, Any]] | str
+OF_PARAMETERS: tuple[tuple[str, Formula, Callable[[Tensor], Shapes] | str, Peft], ...] = (
+    ("LoRA", low_rank, factors, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
+    ("rsLoRA", rank_stabilised, "PEFT writes it", ("LoraConfig", RS_LORA)),
+    ("LoHa", hadamard, loha, LORA_ALONE),
+    ("LoKr, both whole", kronecker, whole_lokr, LORA_ALONE),
+    ("DoRA per output", decomposed(low_rank), under_dora(factors), ("LoraConfig", {"r": 4, "use_dora": True})),
+    ("OFT", rotation, lambda w: {".oft_blocks": (len(w) // 4, 4, 4)}, LORA_ALONE),
+    ("OFT, constraint, rescale", rotation, bounded_rotations, LORA_ALONE),
+    ("BOFT", butterfly, lambda w: {".oft_blocks": (2, len(w) // 4, 4, 4)}, LORA_ALONE),
+    ("OFT, oft_diag", turned, rotations, LORA_ALONE),
+    ("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), input_triangles, LORA_ALONE),
+    ("OFT of inputs, scaled_oft", onetrainer_rotation(scaled=True), scaled_triangles, LORA_ALONE),
+    ("GLoRA", glora, conv_glora, LORA_ALONE),
+    ("GLoRA, older names", glora, old_glora, LORA_ALONE),
+    ("IA3", ia3, lambda w: {".weight": (len(w),), ".on_input": torch.tensor(0)}, LORA_ALONE),
+    ("LoRA, sparse remainder", with_remainder(low_rank), remainder, LORA_ALONE),
+)
+OF_EXPERTS: tuple[tuple[str, Formula, Peft], ...] = (
+    ("LoRA", stacked, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
+    ("rsLoRA", rank_stabilised_stacked, ("LoraConfig", RS_LORA)),
 )
 ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("LoRA", low_rank, {"algo": "lora"}, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
@@ -273,13 +305,13 @@ ALGEBRAS: tuple[Algebra, ...] = (
         "IA3Config", {"feedforward_modules": ["it"]}), by_hand=peft_gains(1),
             config={"peft_type": "IA3", "feedforward_modules": ["it"]}),
     Algebra("full difference", full, {"algo": "full"}, "PEFT has none (`modules_to_save` replaces modules)",
-            ("linear", "embedding", "conv", "norm", "parameter"), lambda w: {".diff": w.shape}),
+            ("linear", "embedding", "conv", "norm", "parameter", "experts"), lambda w: {".diff": w.shape}),
     Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, on=("norm",),
             by_hand=lambda w: {".w_norm": w.shape}),
     Algebra("difference of a modulation", full, on=("parameter",), by_hand=lambda w: {".diff_m": w.shape}),
     Algebra("difference of a bias", nothing, "LyCORIS writes it beside a full difference: the row above",
             on=("linear", "conv"), by_hand=lambda w: {".diff_b": w.shape[:1]}),
-    Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", "norm", "parameter"),
+    Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", "norm", "parameter", "experts"),
             by_hand=lambda w: {".set_weight": w.shape}),
     Algebra("LoRA, sparse remainder", with_remainder(low_rank), EXTRACTED, by_hand=remainder),
     Algebra("LoRA, reshape_weight", low_rank, "ComfyUI writes it", on=("narrow",), by_hand=padded),
@@ -301,5 +333,6 @@ ALGEBRAS: tuple[Algebra, ...] = (
             by_hand=under_dora(lambda w: {".diff": w.shape})),
     Algebra("DoRA over a sparse remainder", decomposed(with_remainder(low_rank)), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(remainder)),
-    *(Algebra(name, formula, MODULES, MODULES, ("parameter",), make) for name, formula, make in OF_PARAMETERS),
+    *(Algebra(name, formula, MODULES, peft, ("parameter",), make) for name, formula, make, peft in OF_PARAMETERS),
+    *(Algebra(name, formula, MODULES, peft, ("experts",)) for name, formula, peft in OF_EXPERTS),
 )  # fmt: skip
