@@ -1,6 +1,6 @@
 """The rows of the parity table: kinds of layers, and algebras as peers are told to make them, with their formulas."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,19 +166,23 @@ def peft_factors_with_bias(w: Tensor) -> Shapes:
     return {**peft_factors(w), ".lora_B.bias": (len(w),)}
 
 
+def around_one(shape: Sequence[int]) -> Tensor:
+    """Factors of a weight: near zero, what is left of it has lost digits."""
+    return 1 + 0.3 * torch.randn(tuple(shape), dtype=torch.float64)
+
+
 def peft_triangles(w: Tensor) -> Shapes:
     return {".oft_R.weight": (w[0].numel() // 4, 6)}
 
 
 def peft_butterfly(w: Tensor) -> Shapes:
-    scale = 1 + 0.3 * torch.randn((len(w), 1) if w.ndim == 2 else (1, len(w)), dtype=torch.float64)
-    return {".boft_R": (1, w[0].numel() // 4, 4, 4), ".boft_s": scale}
+    return {".boft_R": (1, w[0].numel() // 4, 4, 4), ".boft_s": around_one((len(w), 1) if w.ndim == 2 else (1, len(w)))}
 
 
 def peft_gains(axis: int) -> Callable[[Tensor], Shapes]:
     def shapes(w: Tensor) -> Shapes:
         gains = [w.shape[axis] if place == (axis if w.ndim == 2 else 1) else 1 for place in range(w.ndim)]
-        return {".ia3_l": gains}
+        return {".ia3_l": around_one(gains)}
 
     return shapes
 
