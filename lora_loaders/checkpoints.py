@@ -17,10 +17,11 @@ from .architectures import CONFIG, INDEX, Blueprint, find_blueprints, is_text_en
 from .conversion import parse
 from .deltas import Delta, FullDelta
 from .detection import family_named
-from .errors import UNTOUCHED, AdapterFileError
+from .errors import UNTOUCHED, AdapterFileError, UnsupportedBaseError
 from .families import FAMILIES, Family
 from .files import Contents, open_safetensors
 from .layers.base_weight import read_weight
+from .layers.parameter import base_value
 from .layout import named_bases
 from .loading import family_of
 
@@ -71,6 +72,7 @@ def open_checkpoint(source: Weights, *, family: str | None = None, component: st
 
     Raises:
         AdapterFileError: nothing there that holds weights.
+        UnsupportedBaseError: a live model stores weights in no known way.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -91,15 +93,39 @@ def _of_modules(models: Mapping[str, nn.Module], family: str | None) -> Checkpoi
     families = [found for model in models.values() if (found := family_of(model)) is not None]
     known = family_named(family) if family else next(iter(families), None)
     deltas: dict[str, dict[str, Delta]] = {}
+    unreadable: list[str] = []
     for component, model in models.items():
-        for path, base in named_bases(model):
-            if isinstance(getattr(base, "weight", None), Tensor):
-                bias = getattr(base, "bias", None)
-                held = bias.detach() if isinstance(bias, Tensor) else None
-                own = deltas.setdefault(component, {})
-                own[_file_path(path, component, known)] = FullDelta(diff=read_weight(base), bias=held)
+        own = deltas.setdefault(component, {})
+        for path, base in (("", model), *named_bases(model)):
+            try:
+                parts = _parts_of(path, base)
+            except UnsupportedBaseError as error:
+                unreadable.append(f"{component}.{path}: {error.what}")
+                continue
+            own |= {_file_path(part, component, known): delta for part, delta in parts.items()}
     label = ", ".join(type(model).__name__ for model in models.values())
+    if unreadable:
+        raise UnsupportedBaseError(
+            f"{label}: {len(unreadable)} weights cannot be read",
+            problems=unreadable,
+            mend="Give the folder or file that the model was loaded from, or the model before it was quantised.",
+            state=UNTOUCHED,
+        )
+    deltas = {component: own for component, own in deltas.items() if own}
     return Checkpoint(Adapter(deltas, family=known.name if known else None, source=label), label)
+
+
+def _parts_of(path: str, base: nn.Module) -> dict[str, FullDelta]:
+    """Weight and bias of a module, or the raw parameters of one that is no layer, by the paths that adapters have."""
+    if isinstance(getattr(base, "weight", None), Tensor):
+        bias = getattr(base, "bias", None)
+        held = bias.detach() if isinstance(bias, Tensor) else None
+        return {path: FullDelta(diff=read_weight(base), bias=held)} if path else {}
+    return {
+        f"{path}.{name}".lstrip("."): FullDelta(diff=base_value(base, name))
+        for name, parameter in base.named_parameters(recurse=False)
+        if parameter.is_floating_point()
+    }
 
 
 def _of_folder(folder: Path, family: str | None, component: str | None) -> Checkpoint:

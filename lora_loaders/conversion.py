@@ -22,8 +22,9 @@ from .errors import (
 from .families import FAMILIES, Family
 from .families.rules import Resolved, flatten
 from .files import Contents, read
-from .formats import RawModule, is_embedding, read_modules
+from .formats import RawModule, is_embedding
 from .locating import HubOptions
+from .peft_parameters import read_with_parameters
 from .scaling import Scalings
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
@@ -46,6 +47,10 @@ class Layout(Protocol):
 
     def find(self, component: str, name: str) -> str | None:
         """The path of the live module that this name, dotted or flattened, means."""
+        ...
+
+    def parameters(self, component: str, path: str) -> Sequence[str]:
+        """Names of a module's own parameters, as they were registered."""
         ...
 
 
@@ -114,13 +119,13 @@ def parse(
     families: Sequence[Family] = FAMILIES,
 ) -> Adapter:
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
-    modules, left, spelling = read_modules(list(contents.tensors))
+    scalings = Scalings.of(contents.metadata, contents.config, contents.label)
+    modules, left, spelling = read_with_parameters(list(contents.tensors), scalings.configs, layout)
     modules = _joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
     if not modules and not embeddings:
         raise _no_adapter(contents.label, left)
     known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
-    scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     malformed = 0
@@ -207,6 +212,8 @@ def _bind(module: RawModule, reading: _Reading) -> None:
             reason = _why_unresolved(readings, reading.family)
             reading.unresolved.append(Unresolved(component, module.name, delta, keys, reason))
             return
+        if readings and readings[0][1].rule.parameter:
+            delta = replace(delta, of_parameter=True)
         if readings and readings[0][1].rule.head and module.adapter:
             delta = _heads_apart(delta, readings[0][1])
         parts = _place(delta, readings[0][1], component, reading) if readings else {path: delta}

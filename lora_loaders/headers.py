@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .adapter import Adapter
-from .deltas import Delta, LoraDelta
+from .deltas import Delta, ExpertsDelta, LoraDelta
 from .detection import family_named
 from .errors import ConversionError
 from .families import Family
@@ -13,7 +13,7 @@ from .formats import Format
 from .peft_types import PEFT_WAYS_OUT, written
 from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config
 
-Named = Mapping[str, Mapping[str, LoraDelta]]
+Named = Mapping[str, Mapping[str, LoraDelta | ExpertsDelta]]
 """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
 
 

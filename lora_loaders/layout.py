@@ -75,6 +75,12 @@ class ModelLayout:
         blocks = None if model is None or at is None else submodule_at(model, ".".join(parts[:at]))
         return len(blocks) if isinstance(blocks, nn.ModuleList) else None
 
+    def parameters(self, component: str, path: str) -> list[str]:
+        """Names of a module's own parameters, as they were registered."""
+        model = self.components.get(self.denoiser() or "" if component in ("", "denoiser") else component)
+        module = None if model is None else submodule_at(model, path)
+        return [] if module is None else [name for name, _ in base_of(module).named_parameters(recurse=False)]
+
     def denoiser(self) -> str | None:
         """The component that names without one are for: the first."""
         return next(iter(self.components), None)

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deltas import Delta, DoraDelta, GainDelta, InputBoftDelta, InputOftDelta, LohaDelta, LokrDelta, LoraDelta
+from .deltas import (
+    Delta,
+    DoraDelta,
+    ExpertsDelta,
+    GainDelta,
+    InputBoftDelta,
+    InputOftDelta,
+    LohaDelta,
+    LokrDelta,
+    LoraDelta,
+)
 from .errors import ConversionError
 
 Config = dict[str, Any]
@@ -70,11 +80,14 @@ def plain(delta: Delta) -> Delta:
     Raises:
         ConversionError: only that configuration can say it, or a scaling cannot be multiplied in without rounding.
     """
-    if isinstance(delta, InputOftDelta) and (delta.neumann_terms, delta.limit, delta.turns_patches) != (5, None, False):
-        raise ConversionError(
-            "the format has no words for PEFT's OFT: its series, its constraint and the sense of a convolution's "
-            "rotation stand in PEFT's configuration alone"
-        )
+    if isinstance(delta, InputOftDelta):
+        if (delta.neumann_terms, delta.limit, delta.turns_patches) != (5, None, False):
+            raise ConversionError(
+                "the format has no words for PEFT's OFT: its series, its constraint and the sense of a convolution's "
+                "rotation stand in PEFT's configuration alone"
+            )
+        # The series' transpose is that of −Q.
+        return replace(delta, oft_R=-delta.oft_R, embedding=False) if delta.embedding else delta
     if isinstance(delta, LokrDelta) and delta.peft_conv1d:
         raise ConversionError(
             "the format has no words for PEFT's LoKr of a Conv1d, whose whole w2 is lined up in a way of its own",
@@ -128,6 +141,8 @@ def refuse_unreadable(delta: Delta) -> None:
         ConversionError: it would.
     """
     inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    if delta.of_parameter and not isinstance(delta, LoraDelta | ExpertsDelta):
+        raise ConversionError(f"PEFT changes raw parameters by LoRA alone, not by {delta.kind}", mend=PEFT_WAYS_OUT)
     if isinstance(delta, DoraDelta) and not isinstance(inner, LoraDelta):
         raise ConversionError(f"PEFT leaves out the DoRA magnitude of a {inner.kind}", mend=PEFT_WAYS_OUT)
     if inner.bias is not None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .deltas import Delta, DoraDelta, LoraDelta, RowsDelta, SetDelta
+from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta, RowsDelta, SetDelta
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
 from .layers.kinds import EMBEDDING, PARAMETER, Kind, kind_of
+from .layers.raw import RawParameter
 from .layout import ModelLayout, base_of
 from .siblings import on_model
 from .widening import hinders_widening
@@ -195,6 +196,8 @@ def _bind(
     kind = kind_of(base)
     if kind is None:
         return None, f"a {type(base).__name__} can carry no adapter"
+    if isinstance(delta, ExpertsDelta) and isinstance(base, RawParameter):
+        delta = replace(delta, transposed=base.is_transposed)
     shape = delta.shape
     own = logical_shape(base)
     tensors = delta.tensors()
@@ -215,6 +218,8 @@ def _bind(
         return None, problem
     if shape is None or kind is PARAMETER:
         return Binding(component, path, module, kind, delta), None
+    if (problem := _hinders_groups(base, delta, own)) is not None:
+        return None, problem
     if shape == own:
         return Binding(component, path, module, kind, delta), None
     if delta.fits(own):
@@ -245,6 +250,23 @@ def _hinders_norms(delta: Delta, own: tuple[int, ...]) -> str | None:
     if dora.magnitude.numel() == wanted:
         return None
     return f"its DoRA magnitude has the shape {tuple(dora.magnitude.shape)}, the module {wanted} {side}"
+
+
+def _hinders_groups(base: nn.Module, delta: Delta, own: tuple[int, ...]) -> str | None:
+    """Why this is no change of a convolution with so many groups, or with none."""
+    if len(own) < 3:
+        return None
+    groups: int = getattr(base, "groups", 1)
+    told = delta.input_groups(own)
+    if told not in (1, groups) and delta.fits(own):
+        return f"the adapter is for a convolution of {told} groups, this one has {groups}"
+    columns = math.prod((delta.shape or ())[1:])
+    if groups > 1 and columns == groups * math.prod(own[1:]) and not delta.fits(own):
+        return (
+            f"the adapter, for {columns} inputs, joins inputs that the groups of this convolution keep apart: "
+            "its weight has no place for such a change"
+        )
+    return None
 
 
 def _hinders_parameter(base: nn.Module, delta: Delta) -> str | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from .errors import AdapterStateError
 from .families import Family
 from .fusing import fused_adapters
 from .gates import changing
+from .layers.layer import AdapterLayer
+from .layers.parameter import ParameterLayer
 from .layout import adapter_layers
 from .loading import CONFIGS, LOADED, adapter_names
 from .tuning.config import LoraConfig
@@ -65,7 +68,7 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
     own_family = family.name if family else None
     for component, model in models.items():
         with changing([model]):
-            found = {path: layer.delta(chosen) for path, layer in adapter_layers(model) if chosen in layer.templates}
+            found = {path: _held(layer, chosen) for path, layer in adapter_layers(model) if chosen in layer.templates}
             if not found:
                 continue
             copied = {path: delta.map_tensors(lambda tensor: tensor.detach().clone()) for path, delta in found.items()}
@@ -76,6 +79,11 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
         metadata |= config.metadata
         own_family = own_family or config.family
     return Adapter(deltas, family=own_family, metadata=metadata, source=f"the loaded adapter {chosen!r}")
+
+
+def _held(layer: AdapterLayer, name: str) -> Delta:
+    delta = layer.delta(name)
+    return replace(delta, of_parameter=True) if isinstance(layer, ParameterLayer) else delta
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .deltas import Delta, DoraDelta, LoraDelta
+from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
 from .errors import UNTOUCHED, MalformedAdapterError
+from .peft_parameters import is_target
 from .peft_types import by_path, configured, unscaled
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -48,10 +49,20 @@ class Scalings:
             return delta if config is None else configured(delta, config, path)
         if config is not None and config.get("lora_alpha") is not None:
             alpha = by_path(config, "alpha_pattern", path, "lora_alpha")
-            return replace(delta, alpha=alpha, rslora=bool(config.get("use_rslora"))) if alpha else unscaled(delta)
+            own = replace(delta, alpha=alpha, rslora=bool(config.get("use_rslora"))) if alpha else unscaled(delta)
+            return _of_parameter(own, config, path)
         if self.kohya is not None and self.kohya[0] == delta.rank:
             return replace(delta, alpha=self.kohya[1])
         return delta
+
+
+def _of_parameter(delta: LoraDelta, config: Mapping[str, Any], path: str) -> Delta:
+    """The delta of what may be a raw parameter, whose rank in the configuration is that of each expert."""
+    if not is_target(path, config.get("target_parameters") or ()):
+        return delta
+    rank = int(by_path(config, "rank_pattern", path, "r"))
+    own = delta if delta.rank == rank else ExpertsDelta.of(delta, rank)
+    return replace(own, of_parameter=True)
 
 
 def _parsed(text: str, label: str) -> Mapping[str, Any]:
@@ -107,8 +118,9 @@ def _kohya(metadata: Mapping[str, str]) -> tuple[float, float] | None:
         return None  # "Dynamic" and "None" are written by resizing tools
 
 
-def lora_config(loras: Mapping[str, LoraDelta], doras: Collection[str]) -> dict[str, Any]:
+def lora_config(loras: Mapping[str, LoraDelta | ExpertsDelta], doras: Collection[str]) -> dict[str, Any]:
     """PEFT's LoraConfig fields that say these ranks and alphas, and that some are under DoRA."""
+    parameters = sorted(name for name, delta in loras.items() if delta.of_parameter)
     rslora = all(delta.rslora and delta.alpha for delta in loras.values())
     alphas = {name: (d.alpha or 0.0) if rslora else plain_alpha(d) or float(d.rank) for name, d in loras.items()}
     rank, _ = Counter(delta.rank for delta in loras.values()).most_common(1)[0]
@@ -118,10 +130,11 @@ def lora_config(loras: Mapping[str, LoraDelta], doras: Collection[str]) -> dict[
         "lora_alpha": _whole(alpha),
         "rank_pattern": {_pattern(name): d.rank for name, d in loras.items() if d.rank != rank},
         "alpha_pattern": {_pattern(name): _whole(own) for name, own in alphas.items() if own != alpha},
-        "target_modules": sorted(name.removeprefix(OPTIONAL_LEVEL) for name in loras),
+        "target_modules": sorted(name.removeprefix(OPTIONAL_LEVEL) for name in loras.keys() - {*parameters}),
+        **({"target_parameters": parameters} if parameters else {}),
         "use_rslora": rslora,
         "use_dora": bool(doras),
-        "lora_bias": any(delta.up_bias is not None for delta in loras.values()),
+        "lora_bias": any(isinstance(delta, LoraDelta) and delta.up_bias is not None for delta in loras.values()),
     }
 
 
@@ -130,7 +143,7 @@ def _pattern(name: str) -> str:
     return name.removeprefix(OPTIONAL_LEVEL) if name.startswith(OPTIONAL_LEVEL) else f"^{name}"
 
 
-def plain_alpha(delta: LoraDelta) -> float | None:
+def plain_alpha(delta: LoraDelta | ExpertsDelta) -> float | None:
     """The alpha that says the same scaling when it is divided by the rank."""
     return delta.scaling * delta.rank if delta.rslora and delta.alpha else delta.alpha
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .atomic import atomic
-from .deltas import Delta, DoraDelta, LoraDelta
+from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
 from .deltas.rows import rows_in
 from .detection import family_named
 from .errors import AdapterFileError, ConversionError
@@ -25,6 +25,7 @@ from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
+from .peft_parameters import wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
 
@@ -38,10 +39,14 @@ class _Writing:
     form: Format
     family: Family | None
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    alphas: dict[str, dict[str, LoraDelta]] = field(default_factory=dict[str, dict[str, LoraDelta]])
+    alphas: dict[str, dict[str, LoraDelta | ExpertsDelta]] = field(
+        default_factory=dict[str, dict[str, LoraDelta | ExpertsDelta]]
+    )
     """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
     doras: set[str] = field(default_factory=set[str])
     """Those of them, as `component.name`, that are under DoRA."""
+    parameters: set[str] = field(default_factory=set[str])
+    """Paths of the raw parameters among what is changed."""
     tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     changes: list[Delta] = field(default_factory=list[Delta])
@@ -80,6 +85,7 @@ def to_tensors(
     components = [component for component, deltas in adapter.deltas.items() if deltas]
     if form.name == "peft" and len(components) > 1:
         writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
+    writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
     for component in components:
         prefix = _prefix(form, component, family)
         if prefix is None:
@@ -306,6 +312,7 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         through_peft = form.name == "peft" or (form.name == "diffusers" and isinstance(inner, LoraDelta))
         if through_peft:
             refuse_unreadable(delta)
+        written = wrapped(name, writing.parameters) if form.name == "peft" else name
     except ConversionError as error:
         if rows_in(delta) is not None and (fusing := _fusing(name, component, writing)):
             writing.advise(f"Write a format with fused names ({', '.join(fusing)}), or:")
@@ -319,20 +326,20 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         writing.problems.append(f"{where}: the format keeps DoRA magnitudes per output, this one is per input")
         return
     if "diff_m" in slots:
-        name, slots = _modulation(name, slots)
+        written, slots = _modulation(name, slots)
     if form.tells_shape and _is_widened(name, inner, component, writing.family):
         slots["reshape_weight"] = torch.tensor(inner.shape)
+    start = prefix + (flatten_name(written) if form.flat else written)
     style = STYLES[form.core_style if form.core_style and "mid" in slots else form.style]
-    written = flatten_name(name) if form.flat else name
     for slot, tensor in slots.items():
         suffix = form.slots.get(slot) or style.get(slot) or COMMON.get(slot)
         if suffix is None:
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
-        writing.tensors[f"{prefix}{written}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
+        writing.tensors[f"{start}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
     writing.changes.append(inner)
     alpha = inner.alpha_value
-    if form.alpha == "metadata" and isinstance(inner, LoraDelta):
+    if form.alpha == "metadata" and isinstance(inner, LoraDelta | ExpertsDelta):
         writing.alphas.setdefault(component, {})[name] = inner
         if isinstance(delta, DoraDelta):
             writing.doras.add(f"{component}.{name}")
@@ -340,7 +347,7 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         writing.tuned[name] = inner
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
-        writing.tensors[f"{prefix}{written}.alpha"] = alpha_tensor(inner, alpha)
+        writing.tensors[f"{start}.alpha"] = alpha_tensor(inner, alpha)
 
 
 def _fusing(path: str, component: str, writing: _Writing) -> list[str]:

@@ -3,6 +3,7 @@
 Shapes that a listing does not give are taken from the model that its family has on the meta device.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -92,6 +93,10 @@ def slot_shapes(rows: int, columns: int, kernel: tuple[int, ...], has_core: bool
         "bias": (rows,),
         "magnitude": (rows, 1, *ones),
         "magnitude_out": (1, rows, *ones) if kernel else (rows,),
+        "up_bias": (rows,),
+        "diff": (rows, columns, *kernel),
+        "lokr_w1": (math.gcd(rows, RANK), math.gcd(columns, RANK)),
+        "lokr_w2": (rows // math.gcd(rows, RANK), columns // math.gcd(columns, RANK), *kernel),
         "hada_w1_a": (rows, RANK),
         "hada_w2_a": (rows, RANK),
         "hada_w1_b": (RANK, flat),
@@ -117,12 +122,12 @@ def small(manifest: Manifest, models: Mapping[str, nn.Module]) -> dict[str, Tens
     return tensors
 
 
-def narrow(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def narrow(key: str, shape: tuple[int, ...], by: int = SHRINK) -> tuple[int, ...]:
     """The shape with its widths a sixteenth and its rank and kernel whole."""
     if len(shape) < 2:
-        return tuple(max(1, size // SHRINK) if size > 1 else size for size in shape)
+        return tuple(max(1, size // by) if size > 1 else size for size in shape)
     if "lora_mid" in key:
         return shape
     own_rank = 0 if key.endswith(("down.weight", "A.weight", "_b")) else 1 if "scale" not in key else None
-    sizes = [size if axis == own_rank or size == 1 else max(1, size // SHRINK) for axis, size in enumerate(shape[:2])]
+    sizes = [size if axis == own_rank or size == 1 else max(1, size // by) for axis, size in enumerate(shape[:2])]
     return (*sizes, *shape[2:])

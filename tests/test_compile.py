@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import Made, adapter_file, add_changes, flux, pipeline
 from torch import Tensor
+from torch._dynamo.exc import RecompileError
 
 import lora_loaders as ll
 from lora_loaders.layout import adapter_layers
@@ -341,3 +342,35 @@ def test_switching_lokr_run_through_its_factors_recompiles_nothing(way: str) -> 
         model.set_adapters("b", 0.0)
         check(compiled, wanted())
     assert (wanted((1.0, of_a)) - wanted((1.0, of_b))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_lokr_in_a_layer_recompiles_once_and_no_further_one_does(way: str) -> None:
+    model = fresh()
+    model.enable_lora_hotswap(target_rank=RANK, targets="all-linear")
+    made = {name: kron_file(["attn.to_q", "attn.to_k"], seed) for seed, name in enumerate("abcd")}
+    changes = {name: change for name, (_, change) in made.items()}
+    model.load_lora_adapter(made["a"][0], adapter_name="a")
+    compiled = WAYS[way](model, backend="eager", fullgraph=True)
+    check(compiled, wanted((1.0, changes["a"])))
+    with no_recompile:
+        model.disable_lora()
+        check(compiled, wanted())
+        model.enable_lora()
+        check(compiled, wanted((1.0, changes["a"])))
+        model.load_lora_adapter(made["b"][0], adapter_name="b")
+        check(compiled, wanted((1.0, changes["b"])))
+    model.set_adapters(["a", "b"], [0.5, -2.0])
+    with pytest.raises(RecompileError, match="slot_first"), no_recompile:
+        check(compiled, wanted())
+    check(compiled, wanted((0.5, changes["a"]), (-2.0, changes["b"])))
+    with no_recompile:
+        for name in "cd":
+            model.load_lora_adapter(made[name][0], adapter_name=name)
+        for active in ("a", "abc", "abcd", "bd", "c"):
+            model.set_adapters(list(active), [0.5] * len(active))
+            check(compiled, wanted(*((0.5, changes[name]) for name in active)))
+        model.disable_lora()
+        check(compiled, wanted())
+        model.delete_adapters(list("abcd"))
+        check(compiled, wanted())

@@ -272,6 +272,39 @@ def test_a_bias_for_an_embedding_is_refused() -> None:
     assert "an embedding has none" in str(refused.problems)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("options", [{}, {"use_cayley_neumann": False}, {"block_share": True}, {"coft": True}], ids=str)
+def test_a_rotated_embedding_is_what_peft_makes_of_it(options: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="reads and writes PEFT's own folders")
+    torch.manual_seed(0)
+    plain, ids = nn.ModuleDict({"tokens": nn.Embedding(10, 8)}).double(), torch.arange(10)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(plain), peft.OFTConfig(r=0, oft_block_size=4, target_modules=["tokens"], **options)
+    )
+    for name, parameter in theirs.named_parameters():
+        if "oft_embedding_R" in name:
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * 0.2
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs.base_model.model["tokens"](ids)
+    assert (wanted - plain["tokens"](ids)).abs().max() > 1e-5
+    adapter = plan(plain, tmp_path / "theirs").adapter
+    ll.write_adapter(adapter, tmp_path / "ours", "peft")
+    for folder in ("theirs", "ours"):
+        model: Any = copy.deepcopy(plain)
+        apply(plan(model, tmp_path / folder), "x")
+        torch.testing.assert_close(model["tokens"](ids), wanted, rtol=1e-6, atol=1e-7)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / folder)).double()
+        torch.testing.assert_close(again.base_model.model["tokens"](ids), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rotated_embedding_is_turned_back_for_formats_that_turn_inputs() -> None:
+    torch.manual_seed(0)
+    weight, delta = randn(6, 8), build({"oft_embedding_R": randn(2, 6) * 0.1}, None)
+    tensors, _ = written(delta, "lycoris")
+    read = build({"oft_R": tensors["lycoris_it.oft_R"]}, None)
+    assert torch.equal(read.delta_weight(weight), delta.delta_weight(weight))
+
+
 @pytest.mark.parametrize("format", ["peft", "diffusers"])
 def test_dora_on_some_modules_only_is_refused_by_peft_and_diffusers(format: str) -> None:
     lora = {"down": randn(2, 16), "up": randn(24, 2)}

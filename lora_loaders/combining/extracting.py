@@ -14,7 +14,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.deltas import Delta, FullDelta
 from lora_loaders.deltas.base import computing
-from lora_loaders.errors import UNTOUCHED, AdapterMismatchError
+from lora_loaders.errors import UNTOUCHED, AdapterMismatchError, ConversionError
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
 from .goals import Goal
@@ -76,7 +76,9 @@ def extract(
     Raises:
         AdapterFileError: one of the two cannot be read as a checkpoint.
         AdapterMismatchError: the two have no module in common, or none that differs.
-        ConversionError: a goal that means nothing; or NaN or infinity in one of the two, or in the adapter's dtype.
+        ConversionError: a goal that means nothing; NaN, infinity or no data in one of the two; or numbers that are too
+            large for the adapter's dtype.
+        UnsupportedBaseError: a live model stores weights in no known way.
     """
     goal = Goal(rank, energy, error, conv_rank)
     if algebra == "lora":
@@ -138,6 +140,12 @@ def _difference(
         if name not in theirs:
             found.left_out[places[name]] = "the base model has none"
             continue
+        if tensor.is_meta or theirs[name].is_meta:
+            raise ConversionError(
+                f"{place} holds no data: it is on the meta device, as accelerate's offloading leaves it",
+                mend="Give the folder or file that the model was loaded from, or take the offloading away first.",
+                state=UNTOUCHED,
+            )
         if not tensor.is_floating_point():
             found.left_out[places[name]] = f"its numbers are {tensor.dtype}, which have no difference to add"
             continue

@@ -11,6 +11,7 @@ from .base import Factors as Factors
 from .base import Kron as Kron
 from .boft import InputBoftDelta as InputBoftDelta
 from .dora import DoraDelta as DoraDelta
+from .experts import ExpertsDelta as ExpertsDelta
 from .full import FullDelta as FullDelta
 from .full import SetDelta as SetDelta
 from .glora import GloraDelta as GloraDelta
@@ -42,6 +43,7 @@ ALGEBRAS: tuple[tuple[frozenset[str], frozenset[str], type[Delta]], ...] = (
     (frozenset({"oft_blocks"}), frozenset({"rescale", "bias"}), OftDelta),
     (frozenset({"oft_diag"}), frozenset({"rescale", "bias"}), OftDelta),
     (frozenset({"oft_R"}), frozenset({"scaled_oft", "bias"}), InputOftDelta),
+    (frozenset({"oft_embedding_R"}), frozenset({"bias"}), InputOftDelta),
     (frozenset({"boft_R", "boft_s"}), frozenset({"bias"}), InputBoftDelta),
     (frozenset({"ia3_l"}), frozenset({"bias"}), GainDelta),
     (frozenset({"a1", "a2", "b1", "b2"}), frozenset({"bm", "bias"}), GloraDelta),

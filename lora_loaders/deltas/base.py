@@ -61,6 +61,7 @@ class Delta(ABC):
 
     Attributes:
         bias: change of the module's bias `[out]`, added unscaled; None leaves the bias alone.
+        of_parameter: what is changed is known to be a module's own parameter, which PEFT spells in another way.
     """
 
     kind: ClassVar[str]
@@ -68,6 +69,7 @@ class Delta(ABC):
     """Tensor fields whose first dimension runs over the output rows."""
 
     bias: Tensor | None = None
+    of_parameter: bool = False
 
     @classmethod
     @abstractmethod
@@ -149,6 +151,10 @@ class Delta(ABC):
     def is_embedding(self) -> bool:
         """Whether its factors are an embedding's, which PEFT keeps transposed."""
         return False
+
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """Groups of a convolution whose inputs this tells apart; 1 where all rows of that weight share theirs."""
+        return 1
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensor fields by name."""

@@ -87,6 +87,10 @@ class DoraDelta(Delta):
         """See `Delta.fits`."""
         return self.inner.fits(weight_shape)
 
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """See `Delta.input_groups`."""
+        return self.inner.input_groups(weight_shape)
+
     def _gain(self, base_weight: Tensor | None) -> Tensor:
         """magnitude / ‖W + Δ‖, `[out]` or `[in]`; the norm is a constant for the gradient, as in the paper.
 

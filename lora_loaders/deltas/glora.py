@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class GloraDelta(Delta):
         """See `Delta.from_slots`."""
         readings: list[Self] = []
         for is_old in (False, True):
-            named = {_SWAPPED.get(name, name) if is_old else name: tensor for name, tensor in slots.items()}
+            names = _SWAPPED if is_old else {}
+            named: dict[str, Any] = {names.get(name, name): tensor for name, tensor in slots.items()}
             joints = {named["a1"].shape[1], named["a2"].shape[0], named["b1"].shape[1], named["b2"].shape[0]}
             if "bm" in named:
                 joints.update(named["bm"].shape[:2])

@@ -122,6 +122,10 @@ class GainDelta(Delta):
             return not rest and groups > 0 and weight_shape[0] % groups == 0
         return super().fits(weight_shape)
 
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """See `Delta.input_groups`."""
+        return self.ia3_l.numel() // weight_shape[1] if self.on_input and len(weight_shape) > 2 else 1
+
     @property
     def needs_base(self) -> bool:
         """See `Delta.needs_base`."""

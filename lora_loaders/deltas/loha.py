@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class LohaDelta(Delta):
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
         """See `Delta.from_slots`."""
-        delta = cls(**slots, alpha=alpha)
+        fields: dict[str, Any] = {**slots, "alpha": alpha}
+        delta = cls(**fields)
         rank_axis = 0 if delta.hada_t1 is not None else 1
         for a, b, core in delta._products:
             joints = {a.shape[rank_axis], b.shape[0], *(() if core is None else core.shape[:2])}

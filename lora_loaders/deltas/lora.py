@@ -55,6 +55,7 @@ class LoraDelta(Delta):
             raise MalformedAdapterError(
                 f"the factors do not multiply: down is {list(down.shape)}, up is {list(up.shape)}"
                 + ("" if mid is None else f", mid is {list(mid.shape)}")
+                + _of_groups(down, up)
             )
         return cls(down=down, up=up, mid=mid, up_bias=slots.get("up_bias"), bias=slots.get("bias"), alpha=alpha)
 
@@ -168,6 +169,19 @@ class LoraDelta(Delta):
         rank = sum(part.rank for part in parts)
         down, up = torch.cat([part.down for part in parts]), _block_diagonal(ups, rank)
         return replace(first, down=down, up=up, alpha=first._alpha_at_rank(rank), **biases)
+
+
+def _of_groups(down: Tensor, up: Tensor) -> str:
+    """What is to be said of PEFT's factors for a grouped convolution, whose outputs meet a share of the rank each."""
+    if down.ndim < 3 or down.ndim != up.ndim:
+        return ""
+    groups, rest = divmod(down.shape[0], max(1, up.shape[1]))
+    if rest or groups < 2:
+        return ""
+    return (
+        f"; PEFT's of a convolution with {groups} groups are so, and down joins inputs that the groups of this "
+        "convolution keep apart: its weight has no place for such a change"
+    )
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -166,7 +166,8 @@ class InputOftDelta(Delta):
     """W' = W Rᵀ in blocks of inputs, as if the inputs were turned first (PEFT `oft_R`, OneTrainer's OFTv2).
 
     R = I + 2Q + 2Q² + 2Q³ + Q⁴, a truncated (I + Q)(I − Q)⁻¹. A convolution's inputs are its unfolded patches
-    `[in·kh·kw]`; there OneTrainer multiplies by R, PEFT by Rᵀ.
+    `[in·kh·kw]`; there OneTrainer multiplies by R, PEFT by Rᵀ. A grouped convolution's weight holds the inputs of one
+    group: rotations of that many are the same for all groups, those of all inputs (PEFT's) are each group's own.
 
     Attributes:
         oft_R: upper triangles of Q, row by row, `[n, b(b−1)/2]` with n · b inputs, or `[1, b(b−1)/2]` shared by all.
@@ -175,6 +176,7 @@ class InputOftDelta(Delta):
             default); None is PEFT's `use_cayley_neumann=False`, which is (I − Q)(I + Q)⁻¹, the inverse of the above.
         limit: ‖Q‖ of each block is at most this / sqrt(number of blocks) (PEFT's `coft` and `eps`), or None.
         turns_patches: a convolution follows PEFT's convention.
+        embedding: PEFT's `oft_embedding_R`, which turns what an embedding gives: W' = W R.
         alpha: without meaning, kept for writing back.
     """
 
@@ -185,20 +187,24 @@ class InputOftDelta(Delta):
     neumann_terms: int | None = 5
     limit: float | None = None
     turns_patches: bool = False
+    embedding: bool = False
     alpha: float | None = None
 
     @classmethod
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
         """See `Delta.from_slots`."""
-        triangles = slots["oft_R"]
-        delta = cls(oft_R=triangles, scaled_oft="scaled_oft" in slots, bias=slots.get("bias"), alpha=alpha)
+        name = next(name for name in ("oft_R", "oft_embedding_R") if name in slots)
+        triangles, scaled, embedding = slots[name], "scaled_oft" in slots, name == "oft_embedding_R"
+        delta = cls(oft_R=triangles, scaled_oft=scaled, embedding=embedding, bias=slots.get("bias"), alpha=alpha)
         if triangles.ndim != 2 or delta.block_size * (delta.block_size - 1) // 2 != triangles.shape[1]:
-            raise MalformedAdapterError(f"oft_R of shape {list(triangles.shape)} holds no upper triangles")
+            raise MalformedAdapterError(f"{name} of shape {list(triangles.shape)} holds no upper triangles")
         return delta
 
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
-        return {**self.tensors(), "scaled_oft": torch.tensor(True)} if self.scaled_oft else self.tensors()
+        names = {"oft_R": "oft_embedding_R"} if self.embedding else {}
+        slots = {names.get(name, name): tensor for name, tensor in self.tensors().items()}
+        return {**slots, "scaled_oft": torch.tensor(True)} if self.scaled_oft else slots
 
     @property
     def block_size(self) -> int:
@@ -213,7 +219,13 @@ class InputOftDelta(Delta):
     def fits(self, weight_shape: Sequence[int]) -> bool:
         """See `Delta.fits`."""
         blocks, rest = divmod(math.prod(weight_shape[1:]), self.block_size)
-        return not rest and self.oft_R.shape[0] in (1, blocks)
+        groups = self.input_groups(weight_shape)
+        return not rest and self.oft_R.shape[0] in (1, blocks * groups) and weight_shape[0] % groups == 0
+
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """See `Delta.input_groups`."""
+        columns = math.prod(weight_shape[1:])
+        return max(1, self.oft_R.shape[0] * self.block_size // columns) if len(weight_shape) > 2 else 1
 
     @property
     def needs_base(self) -> bool:
@@ -221,9 +233,9 @@ class InputOftDelta(Delta):
         return True
 
     @property
-    def settings(self) -> tuple[bool, int | None, float | None, bool]:
+    def settings(self) -> tuple[bool, int | None, float | None, bool, bool]:
         """What is not in the tensors."""
-        return self.scaled_oft, self.neumann_terms, self.limit, self.turns_patches
+        return self.scaled_oft, self.neumann_terms, self.limit, self.turns_patches, self.embedding
 
     def _turns(self) -> Tensor:
         """R − I `[n, b, b]`."""
@@ -253,10 +265,12 @@ class InputOftDelta(Delta):
         if base_weight is None:
             raise ConversionError("a rotation's ΔW depends on the weight it turns: pass base_weight")
         base, turns = computing(base_weight), self._turns()
-        if base.ndim == 2 or self.turns_patches:
+        if (base.ndim == 2 and not self.embedding) or (base.ndim > 2 and self.turns_patches):
             turns = turns.mT
-        blocks = base.to(turns.dtype).reshape(base.shape[0], -1, self.block_size)
-        return torch.einsum("onk,nkc->onc", blocks, turns.expand(blocks.shape[1], -1, -1)).reshape(base.shape)
+        groups, size = self.input_groups(base.shape), self.block_size
+        blocks = base.to(turns.dtype).reshape(groups, base.shape[0] // groups, -1, size)
+        turns = turns.expand(groups * blocks.shape[2], -1, -1).view(groups, -1, size, size)
+        return torch.einsum("gonk,gnkc->gonc", blocks, turns).reshape(base.shape)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "InputOftDelta":

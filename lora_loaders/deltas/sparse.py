@@ -98,6 +98,10 @@ class SparseDelta(Delta):
         """See `Delta.fits`."""
         return self.inner.fits(weight_shape)
 
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """See `Delta.input_groups`."""
+        return self.inner.input_groups(weight_shape)
+
     def delta_weight(self, base_weight: Tensor | None = None) -> Tensor:
         """See `Delta.delta_weight`."""
         weight = self.inner.delta_weight(base_weight)

@@ -41,7 +41,7 @@ PEFT = Format(
     text_encoder="base_model.model.",
     prefixes=("base_model.model.", ""),
     alpha="metadata",
-    algebras=frozenset({*LOW_RANK, "lokr", "loha", "input-oft", "input-boft", "gain"}),
+    algebras=frozenset({*LOW_RANK, "experts", "lokr", "loha", "input-oft", "input-boft", "gain"}),
     slots={"oft_R": ".oft_R.weight"},
     magnitude="out",
 )

@@ -53,6 +53,7 @@ COMMON: Mapping[str, str] = {
     },
     **{slot: f".{slot}.weight" for slot in ("a1", "a2", "b1", "b2", "bm")},
     "scaled_oft": ".oft_R.scaled_oft",
+    "oft_embedding_R": ".oft_embedding_R.weight",
     "weight": ".weight",
 }
 # Further spellings that are read and never written.
@@ -91,7 +92,7 @@ STYLE_OF: Mapping[str, Style] = {
 # Names with the adapter's own name inside, as PEFT has them: `.lora_A.default.weight`; wrapped twice, with two of them.
 SLOTTED = re.compile(
     r"\.(lora_(?:A|B|down|up|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(?:down|up|mid)"
-    r"|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l)"
+    r"|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|boft_[Rs]|ia3_l)"
     r"\.(?!weight\.|bias\.|scaled_oft$)([^.]+)(?:\.[^.]+)??(\.weight|\.bias|)$"
 )
 SLOTTED_ALONE = ("alpha", "magnitude", "diff", "bias")

@@ -40,13 +40,22 @@ class ParameterLayer(AdapterLayer):
 
     def settle(self) -> None:
         """Put back the value from before `write`; a value that someone else has put there since is the new base."""
-        plain, written = self._plain, self._written
-        if plain is None or written is None:
-            return
         weight = read_weight(self.base_layer)
-        if torch.equal(bits_of(weight), bits_of(written)):
+        plain = self._beneath(weight)
+        if plain is not weight:
             weight.copy_(plain)
         self._plain = self._written = None
+
+    @property
+    def base_value(self) -> Tensor:
+        """The parameter's value without what this layer has written into it unfused."""
+        return self._beneath(read_weight(self.base_layer))
+
+    def _beneath(self, weight: Tensor) -> Tensor:
+        plain, written = self._plain, self._written
+        if plain is None or written is None or not torch.equal(bits_of(weight), bits_of(written)):
+            return weight
+        return plain
 
     def write(self) -> None:
         """Bring the parameter to what the contributing adapters make of it."""
@@ -68,6 +77,12 @@ class ParameterLayer(AdapterLayer):
         self._plain = weight.clone()
         weight.copy_(total)
         self._written = weight.clone()
+
+
+def base_value(owner: nn.Module, name: str) -> Tensor:
+    """The value of a raw parameter without the adapters that are active on it; what is fused counts."""
+    layer = owner._modules.get(name)  # pyright: ignore[reportPrivateUsage]
+    return layer.base_value if isinstance(layer, ParameterLayer) else owner.get_parameter(name).detach()
 
 
 def layer_for(base: nn.Module, kind: Kind, shared: Shared) -> AdapterLayer:

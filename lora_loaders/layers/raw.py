@@ -19,6 +19,11 @@ class RawParameter(nn.Module):
         self._name = name
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether its owner stacks weights of experts as `[experts, in, out]`, as some of transformers' modules do."""
+        return bool(getattr(self._owner[0], "is_transposed", False))
+
+    @property
     def weight(self) -> nn.Parameter:
         """The parameter itself."""
         parameter = self._owner[0]._parameters[self._name]

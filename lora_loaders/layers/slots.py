@@ -177,10 +177,12 @@ def bank_of(layer: AdapterLayer) -> Bank:
 def _write_krons(layer: AdapterLayer, terms: Sequence[Term]) -> list[Term]:
     """Write the Kronecker products of one shape; what is left has to be said in full.
 
-    So has LoKr in a grouped convolution, whose outputs meet only some blocks of inputs, and under DoRA, whose norms
-    would be gains of this product alone.
+    So has LoKr under DoRA: its norms are those of W + ΔW, so that the whole of ΔW is at hand anyway, and they multiply
+    single rows or columns, which no Kronecker product does. And in a grouped convolution: the blocks of inputs cannot
+    go through it as images, for it cuts each of them into its groups, and its weight is small.
 
-    Shapes: slot_first `[adapters, p, q]` with the weights folded in, slot_second `[adapters, m, n, *kernel]`.
+    Shapes: slot_first `[adapters, p, q]` with the weights folded in, slot_second `[adapters, m, n, *kernel]`. The
+    number of adapters is a size that compiled code guards: a second one recompiles, after which dynamo leaves it open.
     """
     found = [(layer.kron(delta), weight, term) for term in terms for _, weight, delta, _ in (term,)]
     krons = [(kron, weight) for kron, weight, _ in found if kron is not None]

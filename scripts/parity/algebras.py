@@ -10,6 +10,7 @@ else than its own merged weight says is marked, and the formula judges.
 
 import argparse
 import copy
+import json
 import logging
 import sys
 import tempfile
@@ -44,6 +45,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 PEER_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
 """A peer rounds too, and in more places."""
 STEPS = ("ΔW", "forward", "fuse", "reload")
+LAWS = (
+    "joins inputs that the groups of this convolution keep apart: its weight has no place for such a change",
+    "the adapter changes a bias too, and an embedding has none",
+)
+"""What our errors say where a change is no change of that layer at all."""
 
 
 class Net(nn.Module):
@@ -172,10 +178,14 @@ def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
     peft: Any = import_module("peft")
     assert not isinstance(algebra.peft, str)
     config, options = algebra.peft
+    (parameter, _), *_ = net.it.named_parameters()
+    targets: dict[str, list[str]] = {"target_modules": ["it"]}
+    if parameter not in ("weight", "bias"):
+        targets = {"target_modules": [], "target_parameters": [f"it.{parameter}"]}
     wrapped = peft.get_peft_model(
-        copy.deepcopy(net), getattr(peft, config)(target_modules=["it"], **options), autocast_adapter_dtype=False
+        copy.deepcopy(net), getattr(peft, config)(**targets, **options), autocast_adapter_dtype=False
     )
-    randomised((p for n, p in wrapped.named_parameters() if "base_layer" not in n and "magnitude" not in n), 3)
+    randomised((p for n, p in wrapped.named_parameters() if ".base_layer." not in n and "magnitude" not in n), 3)
     wrapped.to(dtype_of(net)).eval()
     stretch(wrapped, "magnitude")
     out = said(lambda: wrapped(x))
@@ -183,7 +193,7 @@ def peft_says(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
 
     def merged(path: Path) -> Tensor:
         again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(path), autocast_adapter_dtype=False)
-        return again.to(dtype_of(net)).merge_and_unload().it.weight.detach()
+        return getattr(again.to(dtype_of(net)).merge_and_unload().it, parameter).detach()
 
     return Peer("PEFT", folder / "peft", out, said(lambda: merged(folder / "peft")), merged, "peft")
 
@@ -201,11 +211,15 @@ def by_hand(algebra: Algebra, net: Net, x: Tensor, folder: Path) -> Peer:
     assert not isinstance(algebra.by_hand, str)
     (name, weight), *_ = net.it.named_parameters()
     module = "lycoris_it" if name == "weight" or algebra.name == "difference of a modulation" else f"lycoris_it_{name}"
+    file, form = folder / "by hand.safetensors", "lycoris"
+    if algebra.config is not None:
+        module, file, form = "base_model.model.it", folder / "adapter_model.safetensors", "peft"
+        config = {"target_modules": ["it"], **algebra.config}
+        file.with_name("adapter_config.json").write_text(json.dumps(config), "utf-8")
     given = algebra.by_hand(weight.detach()).items()
     tensors = {s: t if isinstance(t, Tensor) else torch.randn(t, dtype=torch.float64) * 0.3 for s, t in given}
-    file = folder / "by hand.safetensors"
     save_file({module + s: t.to(weight.dtype) if t.is_floating_point() else t for s, t in tensors.items()}, file)
-    return Peer("by hand", file, "", "", lambda path: weight, "lycoris")
+    return Peer("by hand", file, "", "", lambda path: weight, form)
 
 
 PEERS = {"LyCORIS": lycoris_says, "PEFT": peft_says}
@@ -236,9 +250,8 @@ def measure(algebra: Algebra, layer: str, name: str) -> tuple[Cells, Cells]:
             if isinstance(peer, str):
                 theirs.reasons = dict.fromkeys(STEPS, f"{name} makes none: {peer}")
                 peer = stand_in(algebra, net, x, Path(folder), name)
-            if isinstance(peer, Peer) and "groups" in layer and not is_possible(net, peer.file):
-                reason = f"no file of it exists: {name}'s tensors join inputs that the groups keep apart"
-                theirs.reasons = formula.reasons = dict.fromkeys(STEPS, reason)
+            if isinstance(peer, Peer) and (law := forbids(net, peer.file)):
+                theirs.reasons = formula.reasons = dict.fromkeys(STEPS, f"impossible: {law}")
             elif peer is not None:
                 compare(algebra, net, x, peer, theirs, formula, Path(folder))
             else:
@@ -246,13 +259,19 @@ def measure(algebra: Algebra, layer: str, name: str) -> tuple[Cells, Cells]:
     return theirs, formula
 
 
-def is_possible(net: Net, file: Path) -> bool:
-    """Whether the tensors of this file make a change of this layer's weight."""
+def refusal(net: Net, file: Path) -> str:
+    """Why the tensors of this file make no change of this layer, in the words of the error; empty where they do."""
     try:
         done = planned(net, file)
-        return bool(done.bindings) and not done.problems
-    except MalformedAdapterError:
-        return False
+        return "; ".join(done.problems or done.unmatched.values())
+    except MalformedAdapterError as error:
+        return "; ".join(error.problems)
+
+
+def forbids(net: Net, file: Path) -> str:
+    """The law of nature by which this file can be for no such layer; empty where there is none."""
+    said = refusal(net, file)
+    return next((law for law in LAWS if law in said), "")
 
 
 def asked(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> Peer | str:
@@ -274,7 +293,7 @@ def stand_in(algebra: Algebra, net: Net, x: Tensor, folder: Path, name: str) -> 
         return None
     plain = Net(make).to(dtype_of(net)).eval()
     peer = asked(algebra, plain, x, folder / "plain", name)
-    if isinstance(peer, str) or not is_possible(net, peer.file):
+    if isinstance(peer, str) or refusal(net, peer.file):
         return None
     return replace(peer, forward="", merged="")
 
@@ -373,9 +392,9 @@ def captured(model: nn.Module) -> Any:
         del model.__dict__["peft_config"]
 
 
-def rows() -> list[list[str]]:
+def rows(only: str) -> list[list[str]]:
     table: list[list[str]] = []
-    for algebra in ALGEBRAS:
+    for algebra in (a for a in ALGEBRAS if only in a.name):
         for layer in [name for name, layer in LAYERS.items() if layer.kind in algebra.on]:
             measured = {name: measure(algebra, layer, name) for name in SOURCES}
             merged = Cells()
@@ -404,13 +423,15 @@ its merged weight. In brackets stands what the peer itself gets wrong against th
 refuses; the formula judges. Named causes: both peers' forwards of LoRA, LoHa, LoKr, OFT, GLoRA and full differences pad
 circular and reflecting convolutions with zeros; PEFT's leave out dilation; its OFT folds overlapping patches; LyCORIS
 merges LoHa and LoKr with alpha / rank twice (`get_diff_weight`), has DoRA to float32 rounding only, and cannot turn
-in float64.
+in float64. "Impossible" quotes the law of nature by which a change is none of that layer, in the words of the error
+that such a file is refused with.
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the table as Markdown to this file too")
+    parser.add_argument("--only", default="", help="the algebras whose names hold this")
     arguments = parser.parse_args()
     try:
         import_module("lycoris")
@@ -421,7 +442,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    table = rows()
+    table = rows(arguments.only)
     if arguments.output:
         head = ["algebra", "layer", *(f"{name} {step}" for name in (*PEERS, "formula") for step in STEPS)]
         lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *table)]

@@ -34,6 +34,17 @@ def rank_stabilised(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     return low_rank(s, w, alpha) * math.sqrt(len(pair(s)[1]))
 
 
+def rank_stabilised_stacked(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    return stacked(s, w, alpha) * math.sqrt(len(s["down"]) // len(w))
+
+
+def stacked(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
+    """A product for each expert: rows of down one expert after another, columns of up all experts in turn."""
+    experts, rank = len(w), len(s["down"]) // len(w)
+    products = [s["up"][:, e::experts] @ s["down"][e * rank : (e + 1) * rank] for e in range(experts)]
+    return scale(alpha, rank) * torch.stack(products)
+
+
 def hadamard(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     halves = []
     for n in "12":
@@ -115,19 +126,25 @@ def skew(triangles: Tensor) -> Tensor:
 
 
 def input_rotation(exact: bool, eps: float | None = None) -> Formula:
-    """PEFT's OFT: x is turned by R before W, R = (I − Q)(I + Q)⁻¹ or the series of its inverse to the 4th power."""
+    """PEFT's OFT: x is turned by R before W, R = (I − Q)(I + Q)⁻¹ or the series of its inverse to the 4th power.
+
+    An embedding has no x: what it gives is turned.
+    """
 
     def formula(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
-        q = skew(s["oft_R"])
+        q = skew(s["oft_R"] if "oft_R" in s else s["oft_embedding_R"])
         if eps is not None:
             bound = float(eps / torch.sqrt(torch.tensor(len(q))))  # in float32, as PEFT has it
             norms = q.norm(dim=(1, 2), keepdim=True)
             q = torch.where(norms <= bound, q, q * (bound / norms))
         identity = torch.eye(q.shape[-1], dtype=q.dtype)
         turns = cayley(-q) if exact else identity + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+        turns = turns.mT if "oft_embedding_R" in s else turns
         count = w[0].numel() // q.shape[-1]
-        whole = torch.block_diag(*(turns if len(turns) == count else turns.expand(count, -1, -1)))
-        return (w.flatten(1) @ whole.T).view(w.shape) - w
+        # As many blocks as a grouped convolution has inputs in all: each group of outputs meets its own share.
+        shares = turns.split(count) if len(turns) > 1 else [turns.expand(count, -1, -1)]
+        parts = zip(w.flatten(1).chunk(len(shares)), shares, strict=True)
+        return torch.cat([rows @ torch.block_diag(*own).T for rows, own in parts]).view(w.shape) - w
 
     return formula
 
@@ -170,9 +187,10 @@ def glora(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     if s["a1"].shape[0] < s["a1"].shape[1]:
         s = {"a1": s["a2"], "a2": s["a1"], "b1": s["b2"], "b2": s["b1"]}
     mixing = s["a1"].flatten(1) @ s["a2"].flatten(1)
-    added = (s["b1"].flatten(1) @ s["b2"].flatten(1)).view(w.shape)
     if "bm" in s:
         added = torch.einsum("ab...,oa,bi->oi...", s["bm"], s["b1"].flatten(1), s["b2"].flatten(1))
+    else:
+        added = (s["b1"].flatten(1) @ s["b2"].flatten(1)).view(w.shape)
     return scale(alpha, len(s["a2"])) * (torch.einsum("oi...,ij->oj...", w, mixing) + added)
 
 

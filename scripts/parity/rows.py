@@ -1,6 +1,6 @@
 """The rows of the parity table: kinds of layers, and algebras as peers are told to make them, with their formulas."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from formulas import (
     nothing,
     onetrainer_rotation,
     rank_stabilised,
+    rank_stabilised_stacked,
     replaced,
     rotation,
+    stacked,
     turned,
     with_remainder,
 )
@@ -43,6 +45,17 @@ class Table(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-2) * (1 + self.modulation)
+
+
+class Experts(nn.Module):
+    """A module with the weights of three experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = nn.Parameter(torch.randn(3, OUT, IN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...eo", x, self.projections)
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ LAYERS: Mapping[str, Layer] = {
     "RMSNorm of diffusers": Layer("norm", lambda: RMSNorm(IN, 1e-6), (2, 3, IN)),
     "T5LayerNorm": Layer("norm", lambda: T5LayerNorm(IN), (2, 3, IN)),
     "raw parameter": Layer("parameter", Table, (2, 3, IN), "modulation"),
+    "raw parameter of experts": Layer("experts", Experts, (2, 3, IN), "projections"),
 }
 STAND_INS: Mapping[int, Callable[[], nn.Module]] = {2: lambda: nn.Linear(IN, OUT, bias=False), 4: LAYERS["Conv2d"].make}
 """Axes of a weight -> the layer whose files fit the layers of that many axes that a peer does not know."""
@@ -91,8 +105,9 @@ class Algebra:
     """One row: how a peer is told to make it, and its formula.
 
     `lycoris` and `peft` are the arguments of their trainers, or the reason why there is none; `by_hand` gives the
-    tensors of a file for such a weight, where no trainer writes one. `on` are the kinds of layers that it can change:
-    the weight of a norm is a vector, which has no factors to multiply, no rows to turn and no columns.
+    tensors of a file for such a weight, where no trainer writes one for some layer, and `config` the configuration
+    beside it if it is one of PEFT's. `on` are the kinds of layers that it can change: the weight of a norm is a
+    vector, which has no factors to multiply, no rows to turn and no columns.
     """
 
     name: str
@@ -101,6 +116,7 @@ class Algebra:
     peft: tuple[str, Mapping[str, Any]] | str = "PEFT has none"
     on: tuple[str, ...] = ("linear", "embedding", "conv")
     by_hand: Callable[[Tensor], Shapes] | str = "a trainer writes it"
+    config: Mapping[str, Any] | None = None
 
 
 def factors(w: Tensor) -> Shapes:
@@ -142,8 +158,41 @@ def whole_lokr(w: Tensor) -> Shapes:
     return {".lokr_w1": (4, 4), ".lokr_w2": (len(w) // 4, w.shape[1] // 4, *w.shape[2:])}
 
 
+def peft_factors(w: Tensor) -> Shapes:
+    return {".lora_A.weight": (4, *w.shape[1:]), ".lora_B.weight": (len(w), 4, *[1] * (w.ndim - 2))}
+
+
+def peft_factors_with_bias(w: Tensor) -> Shapes:
+    return {**peft_factors(w), ".lora_B.bias": (len(w),)}
+
+
+def around_one(shape: Sequence[int]) -> Tensor:
+    """Factors of a weight: near zero, what is left of it has lost digits."""
+    return 1 + 0.3 * torch.randn(tuple(shape), dtype=torch.float64)
+
+
+def peft_triangles(w: Tensor) -> Shapes:
+    return {".oft_R.weight": (w[0].numel() // 4, 6)}
+
+
+def peft_butterfly(w: Tensor) -> Shapes:
+    return {".boft_R": (1, w[0].numel() // 4, 4, 4), ".boft_s": around_one((len(w), 1) if w.ndim == 2 else (1, len(w)))}
+
+
+def peft_gains(axis: int) -> Callable[[Tensor], Shapes]:
+    def shapes(w: Tensor) -> Shapes:
+        gains = [w.shape[axis] if place == (axis if w.ndim == 2 else 1) else 1 for place in range(w.ndim)]
+        return {".ia3_l": around_one(gains)}
+
+    return shapes
+
+
 def input_triangles(w: Tensor) -> Shapes:
     return {".oft_R": (w[0].numel() // 4, 6)}
+
+
+def bounded_rotations(w: Tensor) -> Shapes:
+    return {".oft_blocks": (len(w) // 4, 4, 4), ".rescale": (len(w), 1), ".alpha": torch.tensor(0.01)}
 
 
 def scaled_triangles(w: Tensor) -> Shapes:
@@ -157,30 +206,52 @@ def conv_glora(w: Tensor) -> Shapes:
     return {f".{name}.weight": (*shape, *kernels.get(name, ones)) for name, shape in pairs.items()}
 
 
+def tucker_glora(w: Tensor) -> Shapes:
+    ones = [1] * (w.ndim - 2)
+    return {**conv_glora(w), ".b2.weight": (4, w.shape[1], *ones), ".bm.weight": (4, 4, *w.shape[2:])}
+
+
 def under_dora(inner: Callable[[Tensor], Shapes]) -> Callable[[Tensor], Shapes]:
     return lambda w: {**inner(w), ".dora_scale": (len(w), *[1] * (w.ndim - 1))}
 
 
+NO_PEFT_GLORA = "PEFT's GLoRA is another algebra (no a, b pairs)"
 NO_PEFT_TUCKER = "PEFT has no Tucker core for it"
 NO_DORA, NO_PEFT_DORA = "LyCORIS's DoRA wraps LoRA, LoHa and LoKr only", "PEFT's DoRA wraps LoRA only"
 EXTRACTED = "an extraction writes it; no module of LyCORIS reads it"
-MODULES = "not asked: its files name modules"
-OF_PARAMETERS: tuple[tuple[str, Formula, Callable[[Tensor], Shapes]], ...] = (
-    ("LoRA", low_rank, factors),
-    ("LoHa", hadamard, loha),
-    ("LoKr, both whole", kronecker, whole_lokr),
-    ("DoRA per output", decomposed(low_rank), under_dora(factors)),
-    ("OFT, oft_diag", turned, rotations),
-    ("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), input_triangles),
-    ("IA3", ia3, lambda w: {".weight": (len(w),), ".on_input": torch.tensor(0)}),
+MODULES, LORA_ALONE = "LyCORIS wraps modules, no parameters", "PEFT's `target_parameters` are for LoRA alone"
+RS_LORA = {"r": 4, "lora_alpha": 2, "use_rslora": True}
+Peft = tuple[str, Mapping[str, Any]] | str
+OF_PARAMETERS: tuple[tuple[str, Formula, Callable[[Tensor], Shapes] | str, Peft], ...] = (
+    ("LoRA", low_rank, factors, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
+    ("rsLoRA", rank_stabilised, "PEFT writes it", ("LoraConfig", RS_LORA)),
+    ("LoHa", hadamard, loha, LORA_ALONE),
+    ("LoKr, both whole", kronecker, whole_lokr, LORA_ALONE),
+    ("DoRA per output", decomposed(low_rank), under_dora(factors), ("LoraConfig", {"r": 4, "use_dora": True})),
+    ("OFT", rotation, lambda w: {".oft_blocks": (len(w) // 4, 4, 4)}, LORA_ALONE),
+    ("OFT, constraint, rescale", rotation, bounded_rotations, LORA_ALONE),
+    ("BOFT", butterfly, lambda w: {".oft_blocks": (2, len(w) // 4, 4, 4)}, LORA_ALONE),
+    ("OFT, oft_diag", turned, rotations, LORA_ALONE),
+    ("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), input_triangles, LORA_ALONE),
+    ("OFT of inputs, scaled_oft", onetrainer_rotation(scaled=True), scaled_triangles, LORA_ALONE),
+    ("GLoRA", glora, conv_glora, LORA_ALONE),
+    ("GLoRA, older names", glora, old_glora, LORA_ALONE),
+    ("IA3", ia3, lambda w: {".weight": (len(w),), ".on_input": torch.tensor(0)}, LORA_ALONE),
+    ("LoRA, sparse remainder", with_remainder(low_rank), remainder, LORA_ALONE),
+)
+OF_EXPERTS: tuple[tuple[str, Formula, Peft], ...] = (
+    ("LoRA", stacked, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
+    ("rsLoRA", rank_stabilised_stacked, ("LoraConfig", RS_LORA)),
 )
 ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("LoRA", low_rank, {"algo": "lora"}, ("LoraConfig", {"r": 4, "lora_alpha": 2})),
     Algebra("LoCon, Tucker", low_rank, {"algo": "lora", "use_tucker": True}, NO_PEFT_TUCKER, on=("conv",)),
     Algebra("rsLoRA", rank_stabilised, "LyCORIS folds it into alpha: the row LoRA", (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_rslora": True})),
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "use_rslora": True}), by_hand=peft_factors,
+            config={"peft_type": "LORA", "r": 4, "lora_alpha": 2, "use_rslora": True}),
     Algebra("LoRA with bias", low_rank, "LyCORIS has none", (
-        "LoraConfig", {"r": 4, "lora_alpha": 2, "lora_bias": True})),
+        "LoraConfig", {"r": 4, "lora_alpha": 2, "lora_bias": True}), by_hand=peft_factors_with_bias,
+            config={"peft_type": "LORA", "r": 4, "lora_alpha": 2, "lora_bias": True}),
     Algebra("DoRA per output", decomposed(low_rank), {"algo": "lora", "dora_wd": True}, (
         "LoraConfig", {"r": 4, "lora_alpha": 2, "use_dora": True})),
     Algebra("DoRA per input", decomposed(low_rank), {"algo": "lora", "dora_wd": True, "wd_on_output": False},
@@ -206,15 +277,19 @@ ALGEBRAS: tuple[Algebra, ...] = (
             "PEFT turns inputs: the next rows"),
     Algebra("BOFT", butterfly, {"algo": "boft", "rescaled": True}, "PEFT turns inputs: the next rows"),
     Algebra("OFT of inputs", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4}), on=("linear", "conv")),
+        "OFTConfig", {"r": 0, "oft_block_size": 4}), by_hand=peft_triangles, config={"peft_type": "OFT"}),
     Algebra("OFT of inputs, exact", input_rotation(exact=True), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}), on=("linear", "conv")),
+        "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}), by_hand=peft_triangles,
+            config={"peft_type": "OFT", "use_cayley_neumann": False}),
     Algebra("OFT of inputs, shared", input_rotation(exact=False), "LyCORIS turns outputs: the rows above", (
-        "OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True}), on=("linear", "conv")),
+        "OFTConfig", {"r": 0, "oft_block_size": 4, "block_share": True}),
+            by_hand=lambda w: {".oft_R.weight": (1, 6)}, config={"peft_type": "OFT", "block_share": True}),
     Algebra("OFT of inputs, constraint", input_rotation(exact=False, eps=1e-2), "LyCORIS turns outputs: the rows above",
-            ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2}), on=("linear", "conv")),
+            ("OFTConfig", {"r": 0, "oft_block_size": 4, "coft": True, "eps": 1e-2}), by_hand=peft_triangles,
+            config={"peft_type": "OFT", "coft": True, "eps": 1e-2}),
     Algebra("BOFT of inputs", input_butterfly, "LyCORIS turns outputs: the rows above", (
-        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1})),
+        "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1}), by_hand=peft_butterfly,
+            config={"peft_type": "BOFT"}),
     Algebra("BOFT of inputs, two factors", input_butterfly, "LyCORIS turns outputs: the rows above", (
         "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}), on=("linear",)),
     Algebra("OFT of inputs, OneTrainer", onetrainer_rotation(scaled=False), "LyCORIS turns outputs: the rows above",
@@ -222,21 +297,25 @@ ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("OFT of inputs, scaled_oft", onetrainer_rotation(scaled=True), "LyCORIS turns outputs: the rows above",
             "OneTrainer alone divides so", ("linear", "conv"), scaled_triangles),
     Algebra("OFT, oft_diag", turned, "LyCORIS has it no more", "PEFT turns inputs: the rows above", by_hand=rotations),
-    Algebra("GLoRA", glora, {"algo": "glora"}, "PEFT's GLoRA is another algebra (no a, b pairs)"),
+    Algebra("GLoRA", glora, {"algo": "glora"}, NO_PEFT_GLORA, ("linear", "embedding")),
+    Algebra("GLoRA", glora, {"algo": "glora"}, NO_PEFT_GLORA, ("conv",), conv_glora),
+    Algebra("GLoRA, Tucker", glora, {"algo": "glora", "use_tucker": True}, NO_PEFT_GLORA, ("conv",), tucker_glora),
     Algebra("GLoRA, older names", glora, "LyCORIS has it no more", on=("linear", "embedding"), by_hand=old_glora),
     Algebra("IA3", ia3, {"algo": "ia3"}, "PEFT's gains take the bias along: the next rows"),
     Algebra("IA3 of outputs with bias", gains(on_input=False), "LyCORIS leaves the bias: the row above", (
-        "IA3Config", {"feedforward_modules": []})),
+        "IA3Config", {"feedforward_modules": []}), by_hand=peft_gains(0),
+            config={"peft_type": "IA3", "feedforward_modules": []}),
     Algebra("IA3 of inputs", gains(on_input=True), "LyCORIS adds to 1 what PEFT multiplies: the row above", (
-        "IA3Config", {"feedforward_modules": ["it"]})),
+        "IA3Config", {"feedforward_modules": ["it"]}), by_hand=peft_gains(1),
+            config={"peft_type": "IA3", "feedforward_modules": ["it"]}),
     Algebra("full difference", full, {"algo": "full"}, "PEFT has none (`modules_to_save` replaces modules)",
-            ("linear", "embedding", "conv", "norm", "parameter"), lambda w: {".diff": w.shape}),
+            ("linear", "embedding", "conv", "norm", "parameter", "experts"), lambda w: {".diff": w.shape}),
     Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, on=("norm",),
             by_hand=lambda w: {".w_norm": w.shape}),
     Algebra("difference of a modulation", full, on=("parameter",), by_hand=lambda w: {".diff_m": w.shape}),
     Algebra("difference of a bias", nothing, "LyCORIS writes it beside a full difference: the row above",
             on=("linear", "conv"), by_hand=lambda w: {".diff_b": w.shape[:1]}),
-    Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", "norm", "parameter"),
+    Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", "norm", "parameter", "experts"),
             by_hand=lambda w: {".set_weight": w.shape}),
     Algebra("LoRA, sparse remainder", with_remainder(low_rank), EXTRACTED, by_hand=remainder),
     Algebra("LoRA, reshape_weight", low_rank, "ComfyUI writes it", on=("narrow",), by_hand=padded),
@@ -258,5 +337,6 @@ ALGEBRAS: tuple[Algebra, ...] = (
             by_hand=under_dora(lambda w: {".diff": w.shape})),
     Algebra("DoRA over a sparse remainder", decomposed(with_remainder(low_rank)), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(remainder)),
-    *(Algebra(name, formula, MODULES, MODULES, ("parameter",), make) for name, formula, make in OF_PARAMETERS),
+    *(Algebra(name, formula, MODULES, peft, ("parameter",), make) for name, formula, make, peft in OF_PARAMETERS),
+    *(Algebra(name, formula, MODULES, peft, ("experts",)) for name, formula, peft in OF_EXPERTS),
 )  # fmt: skip

@@ -146,6 +146,53 @@ def test_a_fused_and_a_plain_model_give_the_adapter_back() -> None:
     torch.testing.assert_close(found(done)["0"], up @ down, rtol=1e-4, atol=1e-4)
 
 
+class Modulated(nn.Module):
+    """A block with tables of its own beside a layer, and one on the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, 16))
+        self.block = nn.Module()
+        self.block.scale_shift_table = nn.Parameter(torch.randn(1, 6, 16))
+        self.block.steps = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+        self.block.linear = nn.Linear(16, 16)
+
+
+def test_raw_parameters_of_live_models_are_found_and_go_back(tmp_path: Path) -> None:
+    plain, tuned = Modulated(), Modulated()
+    changes = {"scale_shift_table": torch.randn(2, 16), "block.scale_shift_table": torch.randn(1, 6, 16)}
+    with torch.no_grad():
+        for path, made in changes.items():
+            tuned.get_parameter(path).add_(made)
+    done = ll.extract(tuned, plain, algebra="full", dtype=torch.float32, component="transformer")
+    assert found(done).keys() == changes.keys()
+    path = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "lycoris")
+    model: Any = ll.attach(Modulated())
+    model.load_lora_adapter(path, adapter_name="a")
+    for name in changes:
+        torch.testing.assert_close(model.get_parameter(name), tuned.get_parameter(name))
+    # What is active on a parameter is no part of the model, what is fused into it is.
+    with pytest.raises(ll.AdapterMismatchError, match="differ in no weight"):
+        ll.extract(model, plain, rank=1, component="transformer")
+    model.fuse_lora()
+    again = ll.extract(model, plain, algebra="full", dtype=torch.float32, component="transformer")
+    assert found(again).keys() == changes.keys()
+
+
+def test_weights_that_cannot_be_read_say_what_to_give_instead() -> None:
+    whole, lost = Model(it=True), Model(it=True).to("meta")
+    whole.get_submodule("it").register_parameter(
+        "weight", nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    )
+    with pytest.raises(ll.UnsupportedBaseError, match="before it was quantised") as error:
+        ll.extract(whole, Model(it=True), rank=1, component="unet")
+    assert [problem.partition(":")[0] for problem in error.value.problems] == ["unet.it"]
+    with pytest.raises(ll.ConversionError, match=r"unet\.it holds no data") as no_data:
+        ll.extract(lost, Model(it=True), rank=1, component="unet")
+    assert "offloading" in no_data.value.mend
+
+
 @pytest.mark.parametrize("algebra", ["lora", "lokr", "full"])
 def test_the_stated_error_is_that_of_the_written_file(
     base: Weights, tuned: Weights, tmp_path: Path, algebra: str
