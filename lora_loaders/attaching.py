@@ -22,7 +22,7 @@ from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer, install, layer_for, uninstall
 from .layers.shared import Shared
 from .layers.slots import refresh
-from .layout import adapter_layers, base_of, shared_of, submodule_at
+from .layout import adapter_layers, base_of, parent_of, shared_of
 from .plans import AttachPlan, Binding
 from .widening import narrow, widen
 
@@ -145,9 +145,7 @@ def _shared_for(model: nn.Module) -> Shared:
 
 def _ensure_layer(binding: Binding, model: nn.Module, shared: Shared, undo: _Undo) -> AdapterLayer:
     """The adapter layer at the binding's path, installed now if there was none."""
-    parent_path, _, child = binding.path.rpartition(".")
-    parent = submodule_at(model, parent_path) if parent_path else model
-    assert parent is not None
+    parent, child = parent_of(model, binding.path)
     present = vars(parent)["_modules"].get(child)  # an attribute may be the raw parameter beside it
     if isinstance(present, AdapterLayer):
         layer = present
@@ -217,9 +215,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
         if layer.shared.reserved:
             kept.append(layer)
         else:
-            parent_path, _, child = path.rpartition(".")
-            parent = submodule_at(model, parent_path) if parent_path else model
-            assert parent is not None
+            parent, child = parent_of(model, path)
             uninstall(parent, child, layer)
     refresh(kept)
     follow_parts(model)
@@ -232,9 +228,7 @@ def without_layers(model: nn.Module) -> Generator[None]:
     with changing([model], reads_bases=True):
         try:
             for path, layer in adapter_layers(model):
-                parent_path, _, child = path.rpartition(".")
-                parent = submodule_at(model, parent_path) if parent_path else model
-                assert parent is not None
+                parent, child = parent_of(model, path)
                 uninstall(parent, child, layer)
                 taken.append((parent, child, layer))
             yield

@@ -3,8 +3,8 @@
 A reader-writer lock in the forward's hooks, and not a published copy: what a forward reads are the slots' tensors; they
 are written in place so that compiled graphs never recompile, and a second set of them would double their memory. A
 forward waits only while a change is being applied; planning happens outside. No lock is stored in the model, so that it
-pickles and copies as before. Compiled code cannot wait: hooks of a compiled model itself see this, those that are
-traced into a graph do nothing.
+pickles and copies as before. Compiled code cannot wait, and hooks that are traced into a graph do nothing: a model that
+is compiled as a whole is led through its gate from outside, by hooks of the wrapper or before its compiled call.
 
 torch runs no hook after a forward that KeyboardInterrupt, SystemExit or CancelledError ended, or whose thread died. So
 what a forward left is believed only while its call is found on its thread's stack. That is looked up where something
@@ -18,29 +18,54 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
 
 from .collecting import uncollected
 from .layers.walks import forget, remembered
+from .layout import unwrapped
 from .offloading import in_step
 
-CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 LOOK_AGAIN = 0.1
 """Seconds after which one that waits looks whether those it waits for were interrupted: they tell nobody."""
+
+
+class _Compiled:
+    """What `model.compile()` made of a model's call, which goes through the model's gate."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        self._orig_mod, self.call = model, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _enter(self._orig_mod)
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            _leave(self._orig_mod)
+
+
+# By name: the code of a frame that was compiled in part is another object.
+CALLS = {
+    (code.co_name, code.co_filename)
+    for code in (nn.Module._call_impl.__code__, _Compiled.__call__.__code__)  # pyright: ignore[reportPrivateUsage]
+}
 
 
 def _calls(model: nn.Module | None, frame: FrameType | None) -> int:
     """How many calls of a model are under way on the stack that ends in this frame."""
     count = 0
+    is_inner = False
     while frame is not None:
-        code = frame.f_code
-        # By name: the code of a frame that was compiled in part is another object.
-        if (code.co_name, code.co_filename) == (CALL.co_name, CALL.co_filename):
+        if (frame.f_code.co_name, frame.f_code.co_filename) in CALLS:
             called = frame.f_locals.get("self")
-            count += called is model or getattr(called, "_orig_mod", None) is model
+            if called is model:
+                count += 1
+                is_inner = True
+            elif getattr(called, "_orig_mod", None) is model:
+                count += not is_inner  # the call of what is compiled may be a frame of its own within this one
+                is_inner = False
         frame = frame.f_back
     return count
 
@@ -66,6 +91,8 @@ class Gate:
         """Held by the pipeline's call that the model's scheduled weights follow: they can follow one at a time."""
         self.has_bases = False
         """Whether a change is under way for which weights that are kept on disk were read into memory."""
+        self.wrappers: WeakSet[nn.Module] = WeakSet()
+        """What `torch.compile` made of the model, as far as it was met."""
         self.version = 0
         """How many changes there were; what was planned before another one is planned again."""
 
@@ -235,10 +262,18 @@ _MAKING = threading.Lock()
 
 
 def gate_of(model: nn.Module) -> Gate:
-    """The model's gate; a compiled model shares that of the model it was made from."""
-    own = getattr(model, "_orig_mod", model)
+    """The model's gate."""
     with _MAKING:
-        return _GATES.get(own) or _GATES.setdefault(own, Gate(own))
+        return _GATES.get(model) or _GATES.setdefault(model, Gate(model))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that a wrapper of `torch.compile` runs, and known as compiled from here on; any other as it is."""
+    own = unwrapped(model)
+    if own is not model:
+        gate_of(own).wrappers.add(model)
+        keep_watching(own)
+    return own
 
 
 @contextmanager
@@ -252,6 +287,7 @@ def changing(models: Iterable[nn.Module], *, reads_bases: bool = False) -> Gener
             stack.callback(gate.leave_change)
             if gate.is_outermost:
                 forget()
+                keep_watching(model)
             if gate.is_outermost or (reads_bases and not gate.has_bases):
                 stack.callback(setattr, gate, "has_bases", gate.has_bases)
                 gate.has_bases = stack.enter_context(in_step(model, reads_bases=reads_bases))
@@ -282,29 +318,46 @@ def exclusive(*, reads_bases: bool = False) -> Callable[[Method], Method]:
 
 HOOKS = "_lora_gate_hooks"
 """Where a model keeps the handles of its gate's hooks."""
+COMPILED = "_compiled_call_impl"
+"""Where torch keeps what `model.compile()` makes of its call."""
 
 
 def watch_forwards(model: nn.Module) -> None:
-    """Lead each forward of this model through its gate; does nothing where that is done."""
-    if HOOKS not in vars(model):
-        vars(model)[HOOKS] = [
-            model.register_forward_pre_hook(_enter, prepend=True),
-            model.register_forward_hook(_leave, always_call=True),
-        ]
+    """Lead each forward of this model through its gate, compiled or not; does nothing where that is done."""
+    for called in (model, *gate_of(model).wrappers):
+        if HOOKS not in vars(called):
+            vars(called)[HOOKS] = [
+                called.register_forward_pre_hook(_enter, prepend=True),
+                called.register_forward_hook(_leave, always_call=True),
+            ]
+    call: Any = getattr(model, COMPILED)
+    if call is not None and not isinstance(call, _Compiled):
+        vars(model)[COMPILED] = _Compiled(model, call)
+
+
+def keep_watching(model: nn.Module) -> None:
+    """`watch_forwards` again where it was: the model may have been compiled since."""
+    if HOOKS in vars(model):
+        watch_forwards(model)
 
 
 def unwatch_forwards(model: nn.Module) -> None:
     """Take the hooks away again."""
-    for hook in vars(model).pop(HOOKS, ()):
-        hook.remove()
+    for called in (model, *gate_of(model).wrappers):
+        for hook in vars(called).pop(HOOKS, ()):
+            hook.remove()
+    call: Any = getattr(model, COMPILED)
+    if isinstance(call, _Compiled):
+        vars(model)[COMPILED] = call.call
 
 
-def _enter(model: nn.Module, args: object) -> None:
+def _enter(model: nn.Module, args: object = ()) -> None:
     if not torch.compiler.is_compiling():
+        own = unwrapped(model)
         # The last adapter may have gone while this forward waited, and the hook that would end it with it.
-        gate_of(model).enter_forward(lambda: HOOKS in vars(model))
+        gate_of(own).enter_forward(lambda: HOOKS in vars(own))
 
 
-def _leave(model: nn.Module, args: object, output: object) -> None:
+def _leave(model: nn.Module, args: object = (), output: object = None) -> None:
     if not torch.compiler.is_compiling():
-        gate_of(model).leave_forward()
+        gate_of(unwrapped(model)).leave_forward()

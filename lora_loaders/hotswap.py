@@ -15,7 +15,7 @@ from .layers.layer import AdapterLayer
 from .layers.parameter import install, uninstall
 from .layers.shared import Shared
 from .layers.slots import refresh
-from .layout import adapter_layers, shared_of, submodule_at
+from .layout import adapter_layers, parent_of, shared_of
 from .plans import AttachPlan
 from .tuning.adding import target_modules
 from .tuning.config import LoraConfig
@@ -136,10 +136,8 @@ def _reserve(model: nn.Module, rank: int, modules: Mapping[str, nn.Module]) -> N
     shared.reserved = rank
     try:
         for path in modules.keys() - dict(present).keys():
-            parent_path, _, child = path.rpartition(".")
-            parent = submodule_at(model, parent_path) if parent_path else model
+            parent, child = parent_of(model, path)
             kind = kind_of(modules[path])
-            assert parent is not None
             assert kind is not None
             layer = AdapterLayer(modules[path], kind, shared)
             layer.activate(active)

@@ -119,9 +119,25 @@ def submodule_at(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = model
     for part in path.split("."):
         # Past attribute access, which costs as much as the rest of planning; it is asked where this finds nothing.
-        child = None if module is None else children(module).get(part) or getattr(module, part, None)
+        child: object = None if module is None else children(module).get(part)
+        if child is None:
+            child = getattr(module, part, None)
         module = child if isinstance(child, nn.Module) else None
     return module
+
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what stands at a path, and its name there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = submodule_at(model, parent_path) if parent_path else model
+    assert parent is not None
+    return unwrapped(parent), name
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What a wrapper of `torch.compile` runs; any other module itself."""
+    own = children(module).get("_orig_mod")
+    return module if own is None else own
 
 
 @walk
@@ -188,7 +204,8 @@ def _gather(module: nn.Module, prefix: str, found: list[tuple[str, AdapterLayer]
         if isinstance(child, AdapterLayer):
             found.append((prefix + name, child))
         elif child is not None and child._modules:  # pyright: ignore[reportPrivateUsage]
-            _gather(child, f"{prefix}{name}.", found, limit)
+            # What `torch.compile` wraps has the path of its wrapper.
+            _gather(child, prefix if name == "_orig_mod" else f"{prefix}{name}.", found, limit)
         if len(found) >= limit:
             return
 
@@ -198,7 +215,7 @@ def named_bases(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
     for name, child in model.named_children():
         if isinstance(child, ParameterLayer):
             continue
-        base = base_of(child)
+        base = unwrapped(base_of(child))
         yield prefix + name, base
         yield from named_bases(base, f"{prefix}{name}.")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .families import FAMILIES, Family
 from .files import Contents, read
+from .gates import uncompiled
 from .loading import family_of, may_widen, plan_contents
 from .locating import HubOptions
 from .mixins.components import components_of
@@ -40,6 +41,7 @@ def plan(
         AdapterFileError: the file cannot be read.
     """
     if isinstance(target, nn.Module):
+        target = uncompiled(target)
         family = family_of(target, families)
         models: Mapping[str, nn.Module] = {component or (family.denoiser if family else "transformer"): target}
     else:

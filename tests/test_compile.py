@@ -1,6 +1,7 @@
 """Compiled models: whatever becomes of the adapters, nothing is compiled again, and the result is the right one."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +238,58 @@ def test_a_pipeline_tells_a_component_that_torch_compile_wraps() -> None:
         pipe.enable_lora_hotswap(target_rank=RANK, targets={"transformer": ["to_q"], "text_encoder": ["q_proj"]})
     assert not [layer for model in pipe.lora_components.values() for layer in adapter_layers(model)]
     pipe.enable_lora_hotswap(target_rank=RANK, targets={"text_encoder": ["q_proj"]})
+
+
+def test_a_component_that_is_wrapped_after_loading_keeps_its_adapters(tmp_path: Path) -> None:
+    pipe: Any = ll.attach(pipeline("flux1"))
+    (a, of_a), (b, of_b) = made_for(["to_q"], 4, 1), made_for(["proj_mlp"], 4, 2)
+    pipe.load_lora_weights(a, "a")
+    own = pipe.transformer
+    with torch.no_grad():
+        bare = own(**INPUTS)[0]
+    pipe.set_adapters("a", 0.5)
+    with torch.no_grad():
+        half = own(**INPUTS)[0]
+    torch._dynamo.reset()
+    pipe.transformer = torch.compile(own, backend="eager")
+    assert pipe.get_list_adapters() == {"transformer": ["a"]}
+    check(pipe.transformer, half)
+    pipe.set_adapters("a", 1.0)
+    check(pipe.transformer, bare)
+    pipe.load_lora_weights(b, "b")
+    pipe.set_adapters(["a", "b"])
+    assert {path for path, _ in adapter_layers(own)} == of_a.keys() | of_b.keys()
+    pipe.save_lora_weights(tmp_path, adapter_name="b")
+    assert ll.read_adapter(tmp_path).deltas["transformer"].keys() == of_b.keys()
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    ll.detach(pipe)
+    assert not adapter_layers(own)
+    assert not own._forward_pre_hooks
+    assert not vars(pipe.transformer)["_forward_pre_hooks"]
+
+
+@pytest.mark.parametrize("first", ["compile", "load"])
+def test_blocks_that_are_wrapped_one_by_one_carry_adapters(first: str, tmp_path: Path) -> None:
+    model = fresh()
+    tensors, changes = made_for(["to_q", "proj_mlp"], 4, 1)
+    if first == "load":
+        model.load_lora_adapter(tensors, adapter_name="a")
+    wrapped: list[tuple[Any, Any]] = []
+    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+        blocks[0] = torch.compile(blocks[0], backend="eager")
+        wrapped.append((blocks, blocks[0]))
+    if first == "compile":
+        model.load_lora_adapter(tensors, adapter_name="a")
+    check(model, wanted((1.0, changes)))
+    model.set_adapters("a", {"single_transformer_blocks.0": 0.0})
+    double = {path: change for path, change in changes.items() if not path.startswith("single")}
+    check(model, wanted((1.0, double)))
+    model.save_lora_adapter(tmp_path, "a")
+    assert ll.read_adapter(tmp_path).deltas["transformer"].keys() == changes.keys()
+    model.unload_lora()
+    check(model, wanted())
+    assert all(blocks[0] is block for blocks, block in wrapped)
 
 
 @pytest.mark.parametrize("check_compiled", ["error", "warn", "ignore"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile import INPUTS
+from test_compile import INPUTS, WAYS
 from tiny_models import adapter_file, bits, changed_bits, components_of, flux, pipeline, render
 from torch import Tensor, nn
 
@@ -117,6 +117,54 @@ def test_a_forward_sees_the_adapters_before_a_change_or_after_it_and_no_mixture(
     assert torch.equal(seen[0], old)
     new = model(x)
     assert not torch.equal(new, old)
+
+
+@pytest.mark.parametrize("first", ["compile", "load"])
+@pytest.mark.parametrize("way", ["model.compile", "torch.compile"])
+def test_a_change_waits_for_a_forward_of_a_model_that_is_compiled_as_a_whole(way: str, first: str) -> None:
+    """Its hooks are traced into the graph and cannot wait; what stands before the graph does."""
+    torch._dynamo.reset()
+    pipe: Any = ll.attach(pipeline("flux1"))
+    made = adapter_file(pipe, components=["transformer"], scale=0.3)
+    entered, changed = threading.Event(), threading.Event()
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                entered.set()
+                assert not changed.wait(0.2)
+            return graph(*args)
+
+        return run
+
+    if first == "load":
+        pipe.load_lora_weights(made.tensors, "a")
+    pipe.transformer = WAYS[way](pipe.transformer, backend=backend, fullgraph=True)
+    if first == "compile":
+        pipe.load_lora_weights(made.tensors, "a")
+    pipe.set_adapters("a", 0.5)
+    with torch.no_grad():
+        old = pipe.transformer(**INPUTS)[0]
+    seen: list[Tensor] = []
+
+    def generate() -> None:
+        with torch.no_grad():
+            seen.append(pipe.transformer(**INPUTS)[0])
+
+    def switch() -> None:
+        entered.wait(WAIT)
+        pipe.set_adapters("a", 1.0)
+        changed.set()
+
+    together(generate, switch)
+    assert torch.equal(seen[0], old)
+    with torch.no_grad():
+        assert not torch.equal(pipe.transformer(**INPUTS)[0], old)
+    before = pipe.transformer
+    ll.detach(pipe)
+    assert not vars(before)["_forward_pre_hooks"]
+    with torch.no_grad():
+        before(**INPUTS)  # nothing of ours is left that could be in the way
 
 
 def test_forwards_go_on_while_another_thread_plans_its_load(monkeypatch: pytest.MonkeyPatch) -> None:

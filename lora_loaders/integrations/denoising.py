@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_loaders.activity import follow
 from lora_loaders.errors import AdapterStateError
-from lora_loaders.gates import changing, gate_of
+from lora_loaders.gates import changing, gate_of, keep_watching
 from lora_loaders.layout import shared_of
 from lora_loaders.schedules import START, Step
 
@@ -32,6 +32,8 @@ def follow_call(
 
     Calls of several threads with scheduled weights of one model take turns.
     """
+    for model in models:
+        keep_watching(model)
     models = [model for model in models if _schedules(model)]
     if not models:
         return call(*args, **kwargs)

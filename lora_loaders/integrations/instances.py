@@ -8,7 +8,7 @@ from torch import nn
 from lora_loaders.activity import unload
 from lora_loaders.attaching import RESERVED_RANK
 from lora_loaders.fusing import fused_adapters, unfuse_all
-from lora_loaders.gates import unwatch_forwards, watch_forwards
+from lora_loaders.gates import uncompiled, unwatch_forwards, watch_forwards
 from lora_loaders.hotswap import CHECK
 from lora_loaders.layout import shared_of
 from lora_loaders.loading import adapter_names, check_foreign
@@ -39,8 +39,9 @@ def attach(target: T) -> T:
         AdapterStateError: peft has put layers of its own into it.
     """
     if isinstance(target, nn.Module):
-        check_foreign({type(target).__name__: target})
-        _equip_model(target)
+        model = uncompiled(target)
+        check_foreign({type(model).__name__: model})
+        _equip_model(model)
         return target
     if not hasattr(target, "__dict__") or isinstance(target, type):
         raise TypeError(f"attach takes a diffusers pipeline or a model, not {target!r}. Nothing was changed.")
@@ -82,14 +83,14 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
     Raises:
         AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
     """
-    models = [target] if isinstance(target, nn.Module) else _given_up(target)
+    models = [uncompiled(target)] if isinstance(target, nn.Module) else _given_up(target)
     if keep_fused is False:
         unfuse_all(models)
     # Fused ones first: where nobody says what to do with them, that is found before anything is changed.
     for model in sorted(models, key=lambda model: not fused_adapters(model)):
         if adapter_names(model) or shared_of(model) is not None:  # or room is reserved
             unload(model, keep_fused=keep_fused)
-    for instance in (*_blocks_of(target), *models, target):
+    for instance in (*_blocks_of(target), *models, *([] if isinstance(target, nn.Module) else [target])):
         instance.__dict__.pop(RESERVED_RANK, None)
         instance.__dict__.pop(CHECK, None)
         if isinstance(instance, nn.Module):

@@ -107,6 +107,8 @@ def _write(shared: Shared, scale: float) -> None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model runs compiled code: by its own `compile`, or wrapped by `torch.compile`."""
+    if gate_of(model).wrappers:
+        return True
     modules = model.modules()
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)  # type: ignore[attr-defined]
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_loaders.gates import uncompiled
+
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 BESIDE = ("transformer_2", "transformer_ref", "unconditional_transformer", "connectors", "text_conditioner")
 
@@ -17,10 +19,10 @@ def possible_components(pipeline: Any) -> list[str]:
 def components_of(pipeline: Any) -> dict[str, nn.Module]:
     """A pipeline's models that can carry an adapter, by name: the usual ones, denoiser first, and what its class names.
 
-    The attribute `_lora_loadable_modules` is where diffusers' mixins name them.
+    The attribute `_lora_loadable_modules` is where diffusers' mixins name them. A compiled one comes unwrapped.
     """
     found = {name: getattr(pipeline, name, None) for name in possible_components(pipeline)}
-    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    return {name: uncompiled(model) for name, model in found.items() if isinstance(model, nn.Module)}
 
 
 def text_encoders(pipeline: Any) -> list[nn.Module]:
