@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lora_loaders as ll
 from lora_loaders import fusing
 from lora_loaders.errors import AdapterStateError, UnsupportedBaseError
+from lora_loaders.integrations.peft_helpers import make_layers_known
 from lora_loaders.layers.base_weight import Places, adapter_dtype, bits_of, read_weight, restore, rewrite
 from lora_loaders.layers.layer import AdapterLayer
 
@@ -70,6 +71,11 @@ def cast(model: Any) -> Any:
     return model
 
 
+def load(model: Any) -> Any:
+    model.load_lora_adapter(file_for(model))
+    return model
+
+
 def adapted(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, AdapterLayer)]
 
@@ -117,6 +123,21 @@ def test_adapters_stay_in_the_compute_dtype_whichever_of_cast_and_load_comes_fir
         change = file[f"transformer.{name}.lora_B.weight"] @ file[f"transformer.{name}.lora_A.weight"]
         weight = layer.base_layer.weight.float() + change
         torch.testing.assert_close(layer(x), x @ weight.t() + layer.base_layer.bias.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_peft_takes_for_its_own_are_cast_as_others() -> None:
+    """diffusers' casting hook writes an attribute of PEFT's layers, to which ours are added for PEFT's helpers."""
+    pytest.importorskip("peft.tuners.tuners_utils")
+    make_layers_known()
+    outputs: list[Tensor] = []
+    for steps in ((load, cast), (cast, load)):
+        torch.manual_seed(0)
+        model: Any = ll.attach(flux())
+        for step in steps:
+            step(model)
+        layer = adapted(model)[0]
+        outputs.append(layer(torch.ones(3, layer.base_layer.in_features)))
+    assert torch.equal(*outputs)
 
 
 def test_fused_float8_is_the_nearest_float8_of_weight_plus_change_and_the_loss_is_reported(

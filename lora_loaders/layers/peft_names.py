@@ -22,6 +22,8 @@ class PeftNames:
     active: tuple[str, ...]
     fused: Any
     base_layer: nn.Module
+    cast_input_dtype_enabled: bool = True
+    """Written by PEFT's helpers, as under layerwise casting; inputs go into the layer's compute dtype whatever it is."""
 
     if TYPE_CHECKING:  # the layer's own
 
