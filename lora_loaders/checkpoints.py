@@ -122,7 +122,7 @@ def _parts_of(path: str, base: nn.Module) -> dict[str, FullDelta]:
         held = bias.detach() if isinstance(bias, Tensor) else None
         return {path: FullDelta(diff=read_weight(base), bias=held)} if path else {}
     return {
-        f"{path}.{name}".lstrip("."): FullDelta(diff=base_value(base, name))
+        f"{path}.{name}".lstrip("."): FullDelta(diff=base_value(base, name), of_parameter=True)
         for name, parameter in base.named_parameters(recurse=False)
         if parameter.is_floating_point()
     }

@@ -107,6 +107,21 @@ def test_a_folder_of_peft_changes_what_peft_changes_and_peft_reads_ours(
 
 
 @pytest.mark.parity
+def test_what_is_made_of_a_parameters_change_is_written_as_one(tmp_path: Path) -> None:
+    theirs = peft_folder(tmp_path / "theirs", net(False), ["flat"])
+    x = torch.randn(4, COLUMNS, dtype=torch.float64)
+    adapter = capture({"transformer": loaded(tmp_path / "theirs", False)}, "a", None)
+    in_full = ll.to_full(adapter).adapter
+    made = ll.resize(adapter, rank=1), ll.merge([adapter, adapter], [0.5, 0.5]), ll.resize(in_full, rank=1)
+    for number, done in enumerate(made):
+        folder = ll.write_adapter(done.adapter, tmp_path / str(number), "peft").parent
+        again = type(theirs).from_pretrained(net(False), str(folder)).double()
+        ours = loaded(folder, False)(x)
+        assert (ours - net(False)(x)).abs().max() > 1e-2
+        torch.testing.assert_close(again(x).detach(), ours)
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_several_parameters_of_a_module_are_told_by_the_models_order(is_transposed: bool, tmp_path: Path) -> None:
     names = ["down", "square", "block.flat", "up"]

@@ -129,7 +129,8 @@ def as_full(
         return _unchanged(delta, dtype)
     change = delta.delta_weight(base_weight).reshape(shape)
     bias = delta.delta_bias(base_bias)
-    made = FullDelta(diff=change.to(dtype), bias=None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    made = FullDelta(diff=change.to(dtype), bias=bias, of_parameter=delta.of_parameter)
     return Fitted(made, fit_of(change, made))
 
 
@@ -162,7 +163,7 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
     if delta.bias is not None:
         slots["bias"] = delta.bias
     made = LokrDelta.from_slots({name: tensor.to(dtype).contiguous() for name, tensor in slots.items()}, None)
-    made = replace(made, alpha=float(made.rank)) if made.rank else made
+    made = replace(made, alpha=float(made.rank) if made.rank else None, of_parameter=delta.of_parameter)
     return Fitted(made, fit_of(change, made))
 
 
@@ -236,4 +237,5 @@ def lora_of(
         alpha = None if not own.alpha else scaling * (math.sqrt(rank) if own.rslora else rank)
         return replace(own.map_tensors(lambda tensor: tensor.to(dtype)), **tensors, mid=None, alpha=alpha)
     bias = like.delta_bias(base_bias)
-    return LoraDelta(**tensors, alpha=float(rank), bias=None if bias is None else bias.to(dtype))
+    tensors["bias"] = None if bias is None else bias.to(dtype)
+    return LoraDelta(**tensors, alpha=float(rank), of_parameter=like.of_parameter)

@@ -161,7 +161,9 @@ def _difference(
             found.left_out[places[name]] = SMALL
             continue
         changes[name] = change
-    return FullDelta(diff=changes.get("diff"), bias=changes.get("bias")) if changes else None
+    if not changes:
+        return None
+    return FullDelta(diff=changes.get("diff"), bias=changes.get("bias"), of_parameter=delta.of_parameter)
 
 
 def _return_freed_memory() -> None:

@@ -237,9 +237,10 @@ def _side_by_side(parts: Sequence[_Part], pairs: Sequence[Pair], goal: Goal, dty
     wide = reduce(torch.promote_types, (up.dtype for up in ups))
     whole = Pair(torch.cat([up.to(wide) for up in ups], 1), torch.cat([pair.down.to(wide) for pair in pairs]))
     cut = whole if goal.keeps_all else of_product(*whole, goal.at(shape[2:]))
-    made = lora_of(cut, FullDelta(), shape, dtype)
+    first = parts[0].delta
+    made = lora_of(cut, FullDelta(of_parameter=first.of_parameter), shape, dtype)
     biases: Any = _bias(parts, dtype, scaling=scaling)
-    made = replace(made, alpha=scaling * made.rank, **biases, embedding=parts[0].delta.is_embedding)
+    made = replace(made, alpha=scaling * made.rank, **biases, embedding=first.is_embedding)
     return Fitted(made, fit_of_product(Pair(whole.up * scaling, whole.down), made))
 
 

@@ -23,7 +23,7 @@ class PeftNames:
     fused: Any
     base_layer: nn.Module
     cast_input_dtype_enabled: bool = True
-    """Written by PEFT's helpers, as under layerwise casting; inputs go into the layer's compute dtype whatever it is."""
+    """Written by PEFT's helpers, as under layerwise casting; inputs are cast to the layer's compute dtype anyhow."""
 
     if TYPE_CHECKING:  # the layer's own
 
