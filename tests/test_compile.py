@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Made, adapter_file, add_changes, flux, pipeline
+from tiny_models import Made, adapter_file, add_changes, flux, pipeline, render
 from torch import Tensor
 from torch._dynamo.exc import RecompileError
 
@@ -267,6 +267,30 @@ def test_a_component_that_is_wrapped_after_loading_keeps_its_adapters(tmp_path: 
     assert not adapter_layers(own)
     assert not own._forward_pre_hooks
     assert not vars(pipe.transformer)["_forward_pre_hooks"]
+
+
+@pytest.mark.parametrize("ranks", [(11, 11), (7, 13), (13, 7)], ids=str)
+def test_a_pipeline_hotswaps_into_a_component_that_was_wrapped_after_loading(ranks: tuple[int, int]) -> None:
+    """As diffusers' TestLoraHotSwappingForPipeline does, for its projections and convolutions at once."""
+    first, second = (
+        adapter_file(pipeline("sd15"), components=["unet"], rank=rank, seed=seed, scale=0.2).tensors
+        for seed, rank in enumerate(ranks)
+    )
+    alone: list[Tensor] = []
+    for tensors in (first, second):
+        plain = ll.attach(pipeline("sd15"))
+        plain.load_lora_weights(tensors)
+        alone.append(render(plain))
+    assert not torch.allclose(*alone, atol=1e-3, rtol=1e-3)
+    torch._dynamo.reset()
+    pipe: Any = ll.attach(pipeline("sd15"))
+    pipe.enable_lora_hotswap(target_rank=max(ranks))
+    pipe.load_lora_weights(first)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(render(pipe), alone[0], atol=1e-3, rtol=1e-3)
+    with no_recompile:
+        pipe.load_lora_weights(second, hotswap=True, adapter_name="default_0")
+        torch.testing.assert_close(render(pipe), alone[1], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("first", ["compile", "load"])
