@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, DoraDelta, build, parts_of
 from .deltas.unread import UnreadDelta
-from .detection import choose_family, readings_of, told_depth, vote
+from .detection import choose_family, readings_of, told_depth, vote, why_unresolved
 from .errors import (
     UNTOUCHED,
     CheckpointError,
@@ -204,7 +204,7 @@ def _bind(module: RawModule, reading: _Reading) -> None:
     try:
         delta = _delta(module, tensors, component, path, reading)
         if path is None:
-            reason = _why_unresolved(readings, reading.family)
+            reason = why_unresolved(module, readings, reading.family)
             reading.unresolved.append(Unresolved(component, module.name, delta, keys, reason))
             return
         if readings and readings[0][1].rule.head and module.adapter:
@@ -256,13 +256,6 @@ def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _R
         if path is not None:
             return component, path
     return hints[0], None
-
-
-def _why_unresolved(readings: list[tuple[str, Resolved]], family: Family | None) -> str:
-    if len(readings) == 2:
-        names = " or ".join(reading.paths[0] for _, reading in readings)
-        return f"ambiguous: {names}, and no other key of the file tells which names it speaks"
-    return "no such name in this family" if family else "no family knows the most of this file's names"
 
 
 def _are_equal(one: str, other: str, contents: Contents) -> bool:

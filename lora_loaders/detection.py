@@ -20,6 +20,7 @@ SAMPLE = 96
 """Modules that are looked at, and more only where a file has more kinds of names."""
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
+UNKNOWN_NAME = "no such name in this family"
 
 
 def family_named(name: str, families: Sequence[Family] = FAMILIES) -> Family:
@@ -247,3 +248,15 @@ def told_depth(modules: Iterable[RawModule], family: Family, path: str) -> int |
     blocks = path[: found.start() - 1] if found else ""
     last = _last_blocks(read, family).get(blocks)
     return last + 1 if last is not None and last + 1 in family.depths[blocks] else None
+
+
+def why_unresolved(module: RawModule, readings: Sequence[tuple[str, Resolved]], family: Family | None) -> str:
+    """Why a name has no place, in words."""
+    if len(readings) == 2:
+        names = " or ".join(reading.paths[0] for _, reading in readings)
+        return f"ambiguous: {names}, and no other key of the file tells which names it speaks"
+    if family is None:
+        return "no family knows the most of this file's names"
+    held = [family.components[c].held_by(module.name) for c in family.named_component(module.component)]
+    inside = next(filter(None, held), None)
+    return f"a container without a weight of its own: it holds {', '.join(inside)}" if inside else UNKNOWN_NAME

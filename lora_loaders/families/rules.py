@@ -213,6 +213,20 @@ class Names:
         return tuple(dict.fromkeys(target for target in own if not target.endswith("**")))
 
     @cached_property
+    def _containers(self) -> Mapping[str, tuple[str, ...]]:
+        spoken = {name for rule in self.rules for name in (rule.source, *rule.targets) if not name.endswith("**")}
+        held: dict[str, dict[str, None]] = {}
+        for parts in (name.split(".") for name in sorted(spoken)):
+            for depth in range(1, len(parts)):
+                above = NUMBER.sub("#", flatten(HOLE.sub("#", ".".join(parts[:depth]))))
+                held.setdefault(above, {})[parts[depth]] = None
+        return {above: tuple(children) for above, children in held.items()}
+
+    def held_by(self, name: str) -> tuple[str, ...]:
+        """What a container of this name holds, which has no weight of its own."""
+        return self._containers.get(NUMBER.sub("#", flatten(name)), ())
+
+    @cached_property
     def _sources(self) -> Mapping[str, list["_Template"]]:
         rules = (rule for rule in self.rules if not rule.source.endswith("**"))
         spoken = (rule for rule in rules if rule.dialect is not None)
