@@ -20,10 +20,11 @@ from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
 from .files import write_safetensors
-from .formats import FORMATS, Format, format_named
+from .formats import FORMATS, KOHYAS, Format, format_named
 from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
+from .kohya_names import NAMES_KEY, Flattened, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
@@ -37,6 +38,8 @@ class _Writing:
 
     form: Format
     family: Family | None
+    trainer_names: Flattened = "diffusers"
+    """Whose names the spelling of kohya's trainers flattens."""
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta]] = field(default_factory=dict[str, dict[str, LoraDelta]])
     """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
@@ -76,7 +79,8 @@ def to_tensors(
     form = format_named(format)
     adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
-    writing = _Writing(form, family)
+    trainer_names = kohya_names(adapter, family) if family else "diffusers"
+    writing = _Writing(form, family, trainer_names)
     components = [component for component, deltas in adapter.deltas.items() if deltas]
     if form.name == "peft" and len(components) > 1:
         writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
@@ -104,6 +108,8 @@ def to_tensors(
         )
     tuner = config if writing.tuned else {}
     metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    if family is not None and form.name not in KOHYAS and trainer_names != family.trainer_names:
+        metadata[NAMES_KEY] = trainer_names
     return writing.tensors, metadata, config
 
 
@@ -209,7 +215,7 @@ def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> li
         return _indexed(deltas, component, writing)
     names = form.names
     if names == "trainer":
-        names = family.trainer_names if family else "diffusers"
+        names = writing.trainer_names
     # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
     is_encoder = component.startswith("text_encoder")
     if names == "diffusers" or family is None or (is_encoder and form.names != "original"):
@@ -351,7 +357,7 @@ def _fusing(path: str, component: str, writing: _Writing) -> list[str]:
         return []
 
     def fuses(form: Format) -> bool:
-        names = family.trainer_names if form.names == "trainer" else form.names
+        names = writing.trainer_names if form.names == "trainer" else form.names
         return names != "diffusers" and len(family.components[component].writing(names).source(path)[1].paths) > 1
 
     return [f.name for f in FORMATS if f is not writing.form and f.algebras == ALL_ALGEBRAS and fuses(f)]

@@ -4,8 +4,8 @@ scripts/survey.py PATH …    a .safetensors file (its header alone is read), a 
 
 A listing is `{"keys": {key: {"shape": [...]}}}`, `{key: …}` or `[key, …]`; shapes may be missing. Exits with 1 if any
 key of a real file is unknown: read as an adapter's, and of a name that the file's family does not have, or no adapter's
-at all. A listing whose `provenance` says that somebody wrote it (by hand, synthetic, for a test) is no real file: what is
-unknown in it is named and counted apart.
+at all. A listing whose `provenance` says that somebody made it up (by hand, synthetic, for a test) is no real file:
+what is unknown in it is named and counted apart.
 """
 
 import json

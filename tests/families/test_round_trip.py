@@ -22,7 +22,7 @@ from lora_loaders.files import Contents
 from lora_loaders.writing import to_tensors
 
 UNIT, RANK = 4, 2
-SPELLINGS = ("diffusers", "kohya", "original", "omi", "onetrainer")
+SPELLINGS = ("diffusers", "kohya", "kohya-original", "kohya-diffusers", "original", "omi", "onetrainer")
 # Each of these has a norm3 in diffusers; the original calls by that name what diffusers calls norm2.
 NORM3 = {
     ("wan", "blocks.{i}.norm3"): WanTransformerBlock,
@@ -105,9 +105,10 @@ def test_text_encoders_are_read_as_what_was_written(family: Family, spelling: st
         assert_reads_as(adapter, *to_tensors(adapter, spelling)[:2])
 
 
+@pytest.mark.parametrize("names", ["kohya", "kohya-original", "kohya-diffusers"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family) -> None:
-    home, metadata, _ = to_tensors(denoiser_of(family), "kohya")
+def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family, names: str) -> None:
+    home, metadata, _ = to_tensors(denoiser_of(family), names)
     contents = Contents(home, metadata)
     for spelling in ("original", "peft", "diffusers", "kohya"):
         tensors, metadata, config = to_tensors(parse(contents, family.name), spelling)
