@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, DoraDelta, build, parts_of
 from .deltas.unread import UnreadDelta
-from .detection import choose_family, readings_of, told_depth, vote, why_unresolved
+from .detection import choose_family, is_last_by_rows, readings_of, told_depth, vote, why_unresolved
 from .errors import (
     UNTOUCHED,
     CheckpointError,
@@ -279,7 +279,7 @@ def _alpha(tensor: Tensor | None) -> float | None:
 def _place(delta: Delta, resolved: Resolved, component: str, reading: _Reading) -> dict[str, Delta]:
     """The delta's parts under their paths: swapped and split as the rule says, sizes from a live model first."""
     rule, paths, layout = resolved.rule, resolved.paths, reading.layout
-    if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, reading)):
+    if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, reading, delta)):
         delta = delta.swap_halves()
     if len(paths) == 1:
         return {paths[0]: delta}
@@ -307,10 +307,12 @@ def _heads_apart(delta: Delta, resolved: Resolved) -> Delta:
     return delta.map_rows(lambda t: t.view(-1, parts, head, *t.shape[1:]).transpose(0, 1).reshape(t.shape))
 
 
-def _is_last(resolved: Resolved, component: str, reading: _Reading) -> bool:
-    """Whether this is the model's last block: the live model's, or that of a published one which the file fills."""
+def _is_last(resolved: Resolved, component: str, reading: _Reading, delta: Delta | None = None) -> bool:
+    """Whether this is the model's last block: the live model's, one whose rows say it, or a published one's."""
     path, layout = resolved.paths[0], reading.layout
     blocks = layout.blocks(component, path) if layout else None
+    if blocks is None and delta is not None and (told := is_last_by_rows(delta)) is not None:
+        return told
     if blocks is None and reading.family is not None:
         blocks = told_depth(reading.modules, reading.family, path)
     return blocks is not None and resolved.block == blocks - 1

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .deltas import Delta
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
 from .families.family import Shape
@@ -248,6 +249,15 @@ def told_depth(modules: Iterable[RawModule], family: Family, path: str) -> int |
     blocks = path[: found.start() - 1] if found else ""
     last = _last_blocks(read, family).get(blocks)
     return last + 1 if last is not None and last + 1 in family.depths[blocks] else None
+
+
+def is_last_by_rows(delta: Delta) -> bool | None:
+    """Whether a modulation is that of a last block, which has scale and shift alone: two rows an input, others six.
+
+    None where the delta does not tell how many inputs its weight has.
+    """
+    shape = delta.shape
+    return None if shape is None or min(shape[:2]) < 1 else shape[0] == 2 * shape[1]
 
 
 def why_unresolved(module: RawModule, readings: Sequence[tuple[str, Resolved]], family: Family | None) -> str:

@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .atomic import atomic
 from .deltas import Delta, DoraDelta, LoraDelta
 from .deltas.rows import rows_in
-from .detection import family_named
+from .detection import family_named, is_last_by_rows
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
@@ -245,7 +245,7 @@ def _joined(
         try:
             delta = _join(resolved, parts)
             swap = resolved.rule.swap
-            swapped = swap == "all" or (swap == "last" and _ends(resolved, deltas, writing.family))
+            swapped = swap == "all" or (swap == "last" and _ends(resolved, delta, deltas, writing.family))
             named.append((source, delta.swap_halves() if swapped else delta))
         except ConversionError as error:
             writing.refuse(error, f"{component}.{source}")
@@ -257,8 +257,11 @@ def _owner(name: str, names: Names) -> str | None:
     return next((r.paths[0] for r in names.resolve(name) if not r.is_diffusers and name not in r.paths), None)
 
 
-def _ends(resolved: Resolved, deltas: Mapping[str, Delta], family: Family | None) -> bool:
-    """Whether this is the last block of a published model, which the adapter fills; reading asks the same."""
+def _ends(resolved: Resolved, delta: Delta, deltas: Mapping[str, Delta], family: Family | None) -> bool:
+    """Whether this is the last block: its rows say it, or a published model has as many; reading asks the same."""
+    told = is_last_by_rows(delta)
+    if told is not None:
+        return told
     blocks = resolved.paths[0].partition(".")[0]
     depths = family.depths.get(blocks, ()) if family else ()
     last = max(int(path.split(".")[1]) for path in deltas if path.startswith(f"{blocks}."))

@@ -32,7 +32,7 @@ BELOW: dict[str, set[str]] = {
     "scaling": {"deltas", "errors", "peft_types"},
     "formats": {"adapter", "deltas", "errors"},
     "families": {"adapter", "deltas", "errors"},
-    "detection": {"errors", "families", "formats"},
+    "detection": {"deltas", "errors", "families", "formats"},
     "conversion": READING,
     "kohya_names": READING,
     "headers": READING | {"kohya_names"},

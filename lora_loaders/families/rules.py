@@ -4,7 +4,7 @@
     img_mod.linear, img_mod.lin -> norm1.linear            two spellings of one source; the first is written
     linear1 -> attn.to_q | attn.to_k | proj_mlp:4          split of the rows; `:4` is this part's share of them
     final_layer.adaLN_modulation.1 -> norm_out.linear ~    the two halves of the rows change places
-    context.adaLN -> norm1_context.linear ~last            … in the last block only
+    context.adaLN -> norm1_context.linear ~last            … in the last block only, whose rows are two an input
     modulation -> scale_shift_table (p)                    a raw parameter, not a module
     img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)  read, never written: another row says what to write
     mod_y -> norm1_context.linear_1 (last)                 in the last block only; another row is for the others

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import swap_scale_shift
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -116,6 +117,29 @@ def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family, na
     assert contents.tensors.keys() == home.keys()
     changed = [key for key, tensor in home.items() if not torch.equal(tensor, contents.tensors[key])]
     assert not changed
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, "peft", "lycoris", "bfl"])
+@pytest.mark.parametrize(("blocks", "last"), [((22, 23), 23), ((36, 37), 37), ((22, 23), None), ((0,), 0)])
+def test_the_last_blocks_context_of_sd3_changes_its_halves_and_no_others(
+    blocks: tuple[int, ...], last: int | None, spelling: str
+) -> None:
+    """Of 3.5 medium, large, large's first 24 and a pruned one: two parts are its last block's, six any other's."""
+    generator = torch.Generator().manual_seed(0)
+    deltas: dict[str, LoraDelta] = {}
+    for block in blocks:
+        rows = (2 if block == last else 6) * UNIT
+        up, down = (torch.randn(size, generator=generator) for size in ((rows, RANK), (RANK, UNIT)))
+        deltas[f"transformer_blocks.{block}.norm1_context.linear"] = LoraDelta(up=up, down=down)
+    adapter = Adapter({"transformer": deltas}, family="sd3")
+    tensors, metadata, config = to_tensors(adapter, spelling)
+    again = parse(Contents(tensors, metadata, config if spelling == "peft" else None), "sd3")
+    for path, delta in deltas.items():
+        assert torch.equal(again.deltas["transformer"][path].delta_weight(), delta.delta_weight())
+        number = path.split(".")[1]
+        ups = [t for key, t in tensors.items() if number in key and key.endswith((".lora_B.weight", ".lora_up.weight"))]
+        theirs = spelling in ("kohya", "kohya-original", "original", "omi", "bfl") and path.split(".")[1] == str(last)
+        assert torch.equal(ups[0], swap_scale_shift(delta.up, dim=None) if theirs else delta.up)
 
 
 def test_a_module_that_the_original_has_no_name_for_has_no_weights() -> None:
