@@ -193,6 +193,26 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
             "lora_prior_te_text_projection": "text_encoder.text_projection",
         },
     ),
+    "cosmos 1": (
+        "cosmos1",
+        PEFT,
+        {
+            "net.blocks.block27.blocks.0.block.attn.to_q.0": "transformer.transformer_blocks.27.attn1.to_q",
+            "net.blocks.block0.blocks.1.block.attn.to_out.0": "transformer.transformer_blocks.0.attn2.to_out.0",
+            "net.blocks.block0.blocks.2.block.layer1": "transformer.transformer_blocks.0.ff.net.0.proj",
+            "net.blocks.block0.blocks.2.adaLN_modulation.1": "transformer.transformer_blocks.0.norm3.linear_1",
+        },
+    ),
+    "cosmos 1, flattened": (
+        "cosmos1",
+        LORA,
+        {"lora_unet_blocks_block3_blocks_1_block_attn_to_k_0": "transformer.transformer_blocks.3.attn2.to_k"},
+    ),
+    "cosmos 2": (
+        "cosmos",
+        PEFT,
+        {"net.blocks.35.cross_attn.output_proj": "transformer.transformer_blocks.35.attn2.to_out.0"},
+    ),
     "anima kohya, another component by name": (
         "anima",
         LORA,
