@@ -93,7 +93,8 @@ def to_full(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_full(delta, base.weight, dtype, base.bias)
 
-    return _changed(read_whole(source, family, families), change, "to full", {}, model, device, on_module, families)
+    adapter = read_whole(source, family, families)
+    return _changed(adapter, change, "to full", {}, model, device, on_module, families)
 
 
 def read_whole(source: Source, family: str | None, families: Sequence[Family]) -> Adapter:
