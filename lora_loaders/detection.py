@@ -21,6 +21,7 @@ SAMPLE = 96
 """Modules that are looked at, and more only where a file has more kinds of names."""
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
+KOHYA_ENCODER = re.compile(r"lora_te(\d?)_")
 UNKNOWN_NAME = "no such name in this family"
 
 
@@ -69,7 +70,7 @@ class Score(NamedTuple):
     depths: float
     """Of the lists of blocks: 1 if all have as many as in a published model of that width, -1 if one has more."""
     encoders: float
-    """Share of the text encoders' names that the encoder of their number has."""
+    """Share of the text encoders' names that the encoder of their number has; half where it has another number here."""
     complete: bool
     """Whether the file changes all modules that are called like those it changes: trainers take every `to_q`."""
     alone: bool
@@ -190,10 +191,13 @@ def _kind(path: str) -> str:
     return re.sub(r"\b\d+\b", "#", path)
 
 
-def _is_numbered_right(module: RawModule, family: Family) -> bool:
+def _is_numbered_right(module: RawModule, family: Family) -> float:
     """Whether the encoder that a prefix means by its number or name has a module of this name."""
     meant = family.encoder_meant(module.component)
-    return meant is not None and bool(family.components[meant].resolve(module.name))
+    if meant is None or not family.components[meant].resolve(module.name):
+        return 0
+    kohya = KOHYA_ENCODER.fullmatch(module.prefix)
+    return 0.5 if kohya is not None and kohya[1] != family.encoder_number(meant) else 1
 
 
 def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:

@@ -1,6 +1,7 @@
 """Promises about what a file is taken for: a checkpoint, a family's adapter, another family's, nobody's."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +190,41 @@ def test_families_that_look_alike_load_each_others_files() -> None:
     }
     report = loaded(build(BY_LABEL["chroma"]), with_modulation)
     assert report.components == {"transformer": len(flux()) // 2}
+
+
+CLIP = "text_model.encoder.layers.{}.self_attn.q_proj"
+T5 = "encoder.block.{}.layer.0.SelfAttention.q"
+DECODER = "model.layers.{}.self_attn.q_proj"
+# Files of a text encoder alone: names, width, family, those that fit as well, and the formats in which theirs differ.
+ENCODERS: dict[str, tuple[str, int, str, set[str], set[str]]] = {
+    "kohya's only one": ("lora_te_" + CLIP, 768, "sd15", set(), set()),
+    "kohya's first": ("lora_te1_" + CLIP, 768, "sdxl", {"flux1", "sd3", "hidream"}, set()),
+    "kohya's second": ("lora_te2_" + CLIP, 1280, "sdxl", {"sd3", "hidream"}, set()),
+    "of Stable Diffusion 2": ("lora_te_" + CLIP, 1024, "sd2", set(), set()),
+    "kohya's T5": ("lora_te3_" + T5, 4096, "flux1", {"sd3", "hidream"}, {"diffusers"}),
+    "a language model": ("lora_te_" + DECODER, 1024, "anima", set(), set()),
+    "a larger one": ("lora_te_" + DECODER, 2560, "z-image", set(), set()),
+    "diffusers'": ("text_encoder." + CLIP, 768, "sd15", {"sdxl", "flux1", "sd3", "hidream"}, {"kohya"}),
+    "ComfyUI's": (
+        *("text_encoders.clip_g.transformer." + CLIP, 1280, "sdxl"),
+        *({"sd3", "cascade", "hidream", "sdxl-refiner"}, {"kohya", "diffusers"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("label", ENCODERS)
+def test_a_text_encoder_alone_is_told_by_its_width_and_warned_of_where_another_family_writes_it_otherwise(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, width, family, others, differing = ENCODERS[label]
+    tensors: Tensors = {}
+    for block in range(2):
+        stem = name.format(block)
+        stem = stem.replace(".", "_") if stem.startswith("lora_") else stem
+        tensors |= {key: torch.ones(tensor.shape) for key, tensor in pair(stem, width, width).items()}
+    adapter = ll.read_adapter(tensors)
+    assert (adapter.family, set(adapter.ties)) == (family, others)
+    for format in ("kohya", "diffusers", "original"):
+        caplog.clear()
+        ll.convert(tensors, tmp_path / "a.safetensors", format=format)
+        assert any("under other names" in record.message for record in caplog.records) == (format in differing)

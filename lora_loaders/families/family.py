@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 from .rules import HOLE, NUMBER, Names, flatten
+from .text_encoders import READ_BY, WIDTHS
 
 VALUES = re.compile(r"(?<=\.to_)v$|(?<=\.add_)v(?=_proj$)")
 
@@ -133,14 +134,21 @@ class Family:
     def known_shapes(self, component: str, path: str) -> list[Shape]:
         """The published weights of this path."""
         flat = flatten(VALUES.sub("k", path))
-        rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
+        encoder = WIDTHS.get(self.encoders.get(component, ""))
+        shapes = self.shapes if encoder is None else (*self.shapes, *_encoder_shapes(component, encoder))
+        rows = _shape_index(shapes).get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
+
+
+@lru_cache
+def _encoder_shapes(component: str, width: int) -> tuple[Shape, ...]:
+    return tuple(Shape(component, path, (None, width)) for path in READ_BY)
 
 
 _ShapeRow = tuple[re.Pattern[str], Shape]
 
 
-@lru_cache
+@lru_cache(maxsize=1 << 10)
 def _shape_index(shapes: tuple[Shape, ...]) -> dict[tuple[str, str], list[_ShapeRow]]:
     index: dict[tuple[str, str], list[_ShapeRow]] = {}
     for shape in shapes:

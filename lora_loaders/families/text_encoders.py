@@ -1,6 +1,37 @@
 """Names of the text encoders that pipelines share; trainers write them as transformers has them."""
 
+from collections.abc import Mapping
+
 from .rules import Names
+
+ATTENTION_INPUTS = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
+DECODER_INPUTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
+DECODERS = ("model", "model.language_model")
+
+# ComfyUI's name of an encoder -> its width, which is that of the inputs of the modules below.
+WIDTHS: Mapping[str, int] = {
+    "clip_l": 768,
+    "clip_h": 1024,
+    "clip_g": 1280,
+    "t5xxl": 4096,
+    "umt5xxl": 4096,
+    "pile_t5xl": 2048,
+    "byt5_small": 1472,
+    "llama": 4096,
+    "mistral3_24b": 5120,
+    "gemma2_2b": 2304,
+    "gemma3_12b": 3840,
+    "qwen25_7b": 3584,
+    "qwen3_06b": 1024,
+    "qwen3_4b": 2560,
+}
+READ_BY = (
+    *(f"text_model.encoder.layers.{{i}}.{name}" for name in (*ATTENTION_INPUTS, "mlp.fc1")),
+    *(f"encoder.block.{{i}}.layer.0.SelfAttention.{name}" for name in "qkv"),
+    *(f"encoder.block.{{i}}.layer.1.DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1")),
+    *(f"{level}.layers.{{i}}.{name}" for level in DECODERS for name in (*ATTENTION_INPUTS, *DECODER_INPUTS)),
+)
+"""Modules whose inputs are as wide as their encoder."""
 
 # transformers 5.6 dropped the `text_model.` level of CLIPTextModel and kept it in CLIPTextModelWithProjection.
 CLIP = Names(
