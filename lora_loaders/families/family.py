@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from typing import Literal
 
 from .rules import HOLE, NUMBER, Names, flatten
@@ -70,7 +70,7 @@ class Family:
         """Name of the component that `lora_unet_` and `diffusion_model.` mean."""
         return next(iter(self.components))
 
-    @property
+    @cached_property
     def text_encoders(self) -> tuple[str, ...]:
         """The components that encode text, in the pipeline's order."""
         return tuple(component for component in self.components if component.startswith("text_encoder"))
@@ -134,26 +134,17 @@ class Family:
     def known_shapes(self, component: str, path: str) -> list[Shape]:
         """The published weights of this path."""
         flat = flatten(VALUES.sub("k", path))
-        encoder = WIDTHS.get(self.encoders.get(component, ""))
-        shapes = self.shapes if encoder is None else (*self.shapes, *_encoder_shapes(component, encoder))
-        rows = _shape_index(shapes).get((component, NUMBER.sub("#", flat)), ())
+        rows = self._shape_rows.get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
 
-
-@lru_cache
-def _encoder_shapes(component: str, width: int) -> tuple[Shape, ...]:
-    return tuple(Shape(component, path, (None, width)) for path in READ_BY)
-
-
-_ShapeRow = tuple[re.Pattern[str], Shape]
-
-
-@lru_cache(maxsize=1 << 10)
-def _shape_index(shapes: tuple[Shape, ...]) -> dict[tuple[str, str], list[_ShapeRow]]:
-    index: dict[tuple[str, str], list[_ShapeRow]] = {}
-    for shape in shapes:
-        flat = flatten(shape.path)
-        pattern = re.compile(HOLE.sub(r"\\d+", flat))
-        key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
-        index.setdefault(key, []).append((pattern, shape))
-    return index
+    @cached_property
+    def _shape_rows(self) -> Mapping[tuple[str, str], list[tuple[re.Pattern[str], Shape]]]:
+        widths = {component: WIDTHS[name] for component, name in self.encoders.items() if name in WIDTHS}
+        encoders = [Shape(component, path, (None, width)) for component, width in widths.items() for path in READ_BY]
+        index: dict[tuple[str, str], list[tuple[re.Pattern[str], Shape]]] = {}
+        for shape in (*self.shapes, *encoders):
+            flat = flatten(shape.path)
+            pattern = re.compile(HOLE.sub(r"\\d+", flat))
+            key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
+            index.setdefault(key, []).append((pattern, shape))
+        return index
