@@ -12,7 +12,7 @@ from torch import Tensor
 from .deltas import Delta
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
-from .families.family import Shape
+from .families.family import Shape, means_encoder
 from .families.rules import HOLE, NUMBER, Names, Resolved
 from .formats import RawModule
 
@@ -85,8 +85,8 @@ def rank_families(
     A width that no published model has tells nothing: small models and new sizes have names like the published ones.
     """
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
-    encoding = [m for m in modules if m.component.startswith(("te", "encoder:"))]
-    denoising = [m for m in modules if not m.component.startswith(("te", "encoder:"))]
+    encoding = [m for m in modules if means_encoder(m.component)]
+    denoising = [m for m in modules if not means_encoder(m.component)]
     sample, encoders = sample_of(denoising or encoding), sample_of(encoding)
     ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
     return sorted(ranking, key=lambda pair: pair[0], reverse=True)
@@ -197,7 +197,11 @@ def _is_numbered_right(module: RawModule, family: Family) -> float:
     if meant is None or not family.components[meant].resolve(module.name):
         return 0
     kohya = KOHYA_ENCODER.fullmatch(module.prefix)
-    return 0.5 if kohya is not None and kohya[1] != family.encoder_number(meant) else 1
+    # `lora_te_` is the only encoder of any kind; `lora_te1_` the first of several, or the only one if it is a T5.
+    told = (
+        kohya is None or kohya[1] == family.encoder_number(meant) or (not kohya[1] and len(family.text_encoders) == 1)
+    )
+    return 1 if told else 0.5
 
 
 def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:

@@ -187,8 +187,10 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
         return None
     number = family.encoder_number(component) if is_encoder and family else ""
     encoder = family.encoders.get(component, "") if family else ""
+    if form.encoders is not None:
+        encoder = form.encoders.get(encoder, "")
     if "{encoder}" in template and not encoder:
-        return None  # ComfyUI's name of it is not known
+        return None  # its name is not known
     if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
         return template.format(component=component)
     if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
@@ -219,7 +221,7 @@ def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> li
     # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
     is_encoder = component.startswith("text_encoder")
     if names == "diffusers" or family is None or (is_encoder and form.names != "original"):
-        if names in ("xlabs", "omi"):
+        if names in ("xlabs", "omi") and not is_encoder:
             writing.problems.append(f"{component}: no {names} names are known for this family")
         return list(deltas.items())
     return _joined(deltas, family.components[component], names, component, writing)

@@ -146,6 +146,30 @@ def test_a_t5_alone_is_called_as_comfyui_reads_it(family: str) -> None:
         assert_equal(ll.read_adapter(renamed, family=family), adapter)
 
 
+def test_omi_has_onetrainers_words_for_components_and_none_for_others() -> None:
+    """`convert_flux_lora_key_sets` of OneTrainer's modules/util/convert/lora: transformer, clip_l and t5."""
+    pairs = {
+        "transformer": "transformer_blocks.0.attn.to_out.0",
+        "text_encoder": "text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q",
+    }
+    delta = LoraDelta(up=torch.ones(WIDTH, 2), down=torch.ones(2, WIDTH))
+    adapter = Adapter({component: {path: delta} for component, path in pairs.items()}, family="flux1")
+    tensors, _, _ = to_tensors(adapter, "omi")
+    assert {key.split(".lora_")[0] for key in tensors if "lora_up" in key} == {
+        "transformer.double_blocks.0.img_attn.proj",
+        "clip_l.text_model.encoder.layers.0.mlp.fc1",
+        "t5.encoder.block.0.layer.0.SelfAttention.q",
+    }
+    assert_equal(ll.read_adapter(tensors), adapter)
+    unet = Adapter({"unet": {"mid_block.attentions.0.proj_in": delta}}, family="sdxl")
+    assert set(to_tensors(unet, "omi")[0]) == {
+        f"unet.middle_block.1.proj_in.lora_{end}.weight" for end in ("up", "down")
+    }
+    with pytest.raises(ll.ConversionError, match="1 places"):
+        to_tensors(Adapter({"text_encoder": {"model.layers.0.mlp.up_proj": delta}}, family="z-image"), "omi")
+
+
 @pytest.mark.parametrize("suffix", [".scale.diff", ".diff"])
 def test_the_difference_of_a_norms_scale_is_read(suffix: str) -> None:
     """ComfyUI writes a parameter's whole name where it is no `.weight`; Flux' norms have a `scale`."""

@@ -162,6 +162,57 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
             "transformer.double_blocks.0.img_mod.linear": "transformer.transformer_blocks.0.norm1.linear",
         },
     ),
+    "hunyuan-video omi, OneTrainer's own names": (
+        "hunyuan-video",
+        LORA,
+        {
+            "transformer.double_blocks.0.img_mlp.fc0": "transformer.transformer_blocks.0.ff.net.0.proj",
+            "transformer.double_blocks.0.txt_attn_qkv.2": f"{BLOCK}.add_v_proj",
+            "transformer.txt_in.t_embedder.linear_1": (
+                "transformer.context_embedder.time_text_embed.timestep_embedder.linear_1"
+            ),
+            "llama.language_model.model.layers.0.self_attn.q_proj": (
+                "text_encoder.model.language_model.layers.0.self_attn.q_proj"
+            ),
+            "clip_l.text_model.encoder.layers.0.mlp.fc1": "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+        },
+    ),
+    "cascade omi": (
+        "cascade",
+        LORA,
+        {
+            "unet.down_blocks.0.2.attention.attn.in_proj.1": "prior.down_blocks.0.2.attention.to_k",
+            "clip_g.text_projection": "text_encoder.text_projection",
+        },
+    ),
+    "hidream omi": (
+        "hidream",
+        LORA,
+        {
+            "transformer.double_stream_blocks.0.block.attn1.to_k_t": (
+                "transformer.double_stream_blocks.0.block.attn1.to_k_t"
+            ),
+            "t5.encoder.block.0.layer.0.SelfAttention.q": "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+            "llama.model.layers.0.mlp.up_proj": "text_encoder_4.model.layers.0.mlp.up_proj",
+        },
+    ),
+    "anima's text conditioner under its own name": (
+        "anima",
+        PEFT,
+        {
+            "text_conditioner.blocks.0.self_attn.q_proj": "text_conditioner.blocks.0.self_attn.q_proj",
+            "transformer.transformer_blocks.0.attn1.to_q": "transformer.transformer_blocks.0.attn1.to_q",
+        },
+    ),
+    "pixart of OneTrainer, whose only encoder has no number": (
+        "pixart",
+        LORA,
+        {
+            "lora_te_encoder_block_0_layer_0_SelfAttention_q": "text_encoder.encoder.block.0.layer.0.SelfAttention.q",
+            "lora_transformer_adaln_single_linear": "transformer.adaln_single.linear",
+            "lora_transformer_transformer_blocks_0_attn2_to_k": "transformer.transformer_blocks.0.attn2.to_k",
+        },
+    ),
     "chroma kohya": (
         "chroma",
         LORA,

@@ -9,7 +9,13 @@ from typing import Literal
 from .rules import HOLE, NUMBER, Names, flatten
 from .text_encoders import READ_BY, WIDTHS
 
+ENCODER = re.compile(r"te\d|text_encoder|encoder:")
 VALUES = re.compile(r"(?<=\.to_)v$|(?<=\.add_)v(?=_proj$)")
+
+
+def means_encoder(hint: str) -> bool:
+    """Whether what a prefix names is a text encoder: `te2`, `encoder:clip_l`, `text_encoder`."""
+    return ENCODER.match(hint) is not None
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Family:
             return (self.denoiser,)
         if hint == "":
             return tuple(self.components)
-        if not hint.startswith(("te", "encoder:")):
+        if not means_encoder(hint):
             return ()
         # Trainers disagree on the numbers (te2 is CLIP-G or T5), so every other encoder may still fit by its names.
         likely = self.encoder_meant(hint)

@@ -172,7 +172,7 @@ class Names:
         trainer: rows of the names that kohya's trainers flatten, where the checkpoint that they read has others.
         xlabs: rows of the XLabs trainers' names.
         diffsynth: rows of the names of DiffSynth's own model class, read only.
-        omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's rows.
+        omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's, if not given.
         extra: rules made by code, for the families whose block numbering needs arithmetic.
         optional_prefixes: leading path parts that some versions of the model class have and others have not.
         fuses: whether diffusers' own names for fused projections are read, which are cut evenly where no row says else.
@@ -197,8 +197,10 @@ class Names:
     ) -> None:
         rules = (*parse_rows(original), *parse_rows(same, None), *extra, *parse_rows(trainer, "trainer"))
         rules = (*rules, *parse_rows(xlabs, "xlabs"), *parse_rows(diffsynth, "diffsynth"))
-        numbered = (part for rule in rules for part in _numbered(rule))
-        self.rules = (*rules, *parse_rows(omi, "omi"), *numbered, *(_fused(rules) if fuses else ()))
+        own = tuple(parse_rows(omi, "omi"))
+        given = {flatten(rule.source) for rule in own}
+        numbered = (part for rule in rules for part in _numbered(rule) if flatten(part.source) not in given)
+        self.rules = (*rules, *own, *numbered, *(_fused(rules) if fuses else ()))
         self.optional_prefixes = optional_prefixes
         self.absent = absent
         self.aside = aside

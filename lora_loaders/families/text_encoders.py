@@ -76,17 +76,27 @@ lm_head ; model.embed_tokens ; model.norm
 """,
     optional_prefixes=("model.",),
 )
+
+
+def _read_only(rows: str) -> str:
+    return "\n".join(
+        "  " + " ; ".join(f"{row.strip()} (r)" for row in line.split(";")) for line in rows.split("\n  ")[1:]
+    )
+
+
 VISION_LANGUAGE_ROWS = f"""
 lm_head ; model.language_model.embed_tokens ; model.language_model.norm
 [model.language_model.layers.{{i}}]
 {DECODER_LAYER}
 """
 
-# As their checkpoints, and ComfyUI after them, call the language half.
+# As their checkpoints, and ComfyUI after them, call the language half; and as transformers did before 4.52.
 VISION_LANGUAGE_ORIGINAL = f"""
 model.embed_tokens -> model.language_model.embed_tokens ; model.norm -> model.language_model.norm
 [model.layers.{{i}} -> model.language_model.layers.{{i}}]
 {DECODER_LAYER}
+[language_model.model.layers.{{i}} -> model.language_model.layers.{{i}}]
+{_read_only(DECODER_LAYER)}
 """
 QWEN2_5_TOWER = """
   attn.qkv ; attn.proj ; mlp.gate_proj ; mlp.up_proj ; mlp.down_proj ; norm1 ; norm2

@@ -144,6 +144,7 @@ PREFIXES: Mapping[str, str] = {
     "clip_l.": "encoder:clip_l",
     "clip_g.": "encoder:clip_g",
     "t5.": "encoder:t5xxl",
+    "llama.": "encoder:llama",
 }
 # ComfyUI's, of any encoder.
 ENCODER_PREFIX = re.compile(r"text_encoders\.(\w+)\.transformer\.")
