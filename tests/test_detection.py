@@ -228,3 +228,22 @@ def test_a_text_encoder_alone_is_told_by_its_width_and_warned_of_where_another_f
         caplog.clear()
         ll.convert(tensors, tmp_path / "a.safetensors", format=format)
         assert any("under other names" in record.message for record in caplog.records) == (format in differing)
+
+
+FEED_FORWARD = {"wan": ("blocks", 40, "ffn", 5120, 13824), "ltx": ("transformer_blocks", 28, "ff", 2048, 8192)}
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_feed_forwards_alone_are_told_by_the_width_of_the_attention(family: str) -> None:
+    path, count, name, width, inner = FEED_FORWARD[family]
+    tensors: Tensors = {}
+    for block in range(count):
+        stem = f"transformer.{path}.{block}.{name}.net"
+        tensors |= pair(f"{stem}.0.proj", inner, width) | pair(f"{stem}.2", width, inner)
+    assert ll.read_adapter(tensors).family == family
+
+
+def test_attention_alone_of_ovis_is_told_from_flux_by_its_depth() -> None:
+    assert ll.read_adapter(flux(6, 27)).family == "ovis-image"
+    assert ll.read_adapter(flux(10, 20)).family == "longcat-image"
+    assert ll.read_adapter(flux()).family == "flux1"

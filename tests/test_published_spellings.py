@@ -209,6 +209,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
         LORA,
         {
             "lora_te_encoder_block_0_layer_0_SelfAttention_q": "text_encoder.encoder.block.0.layer.0.SelfAttention.q",
+            "lora_transformer_pos_embed_proj": "transformer.pos_embed.proj",
             "lora_transformer_adaln_single_linear": "transformer.adaln_single.linear",
             "lora_transformer_transformer_blocks_0_attn2_to_k": "transformer.transformer_blocks.0.attn2.to_k",
         },

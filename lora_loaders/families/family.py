@@ -1,7 +1,7 @@
 """What one model family is: names for each component, and the few facts that tell it from its neighbours."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 from .rules import HOLE, NUMBER, Names, flatten
 from .text_encoders import READ_BY, WIDTHS
 
+FEED_FORWARDS = tuple(f".{name}" for name in ("ff.net.0.proj", "ffn.net.0.proj", "ff.linear_in", "ff.linear_1"))
 ENCODER = re.compile(r"te\d|text_encoder|encoder:")
 VALUES = re.compile(r"(?<=\.to_)v$|(?<=\.add_)v(?=_proj$)")
 
@@ -143,12 +144,23 @@ class Family:
         rows = self._shape_rows.get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
 
+    def _feed_forwards(self) -> Iterator[Shape]:
+        """Of the blocks whose attention's width is told, what that says of their feed-forward's inputs."""
+        stated = {shape.path for shape in self.shapes}
+        for shape in self.shapes:
+            if not shape.path.endswith(".to_q"):
+                continue
+            block = shape.path.rsplit(".", 2)[0]
+            for path in self.components[shape.component].modules:
+                if path.startswith(f"{block}.") and path.endswith(FEED_FORWARDS) and path not in stated:
+                    yield Shape(shape.component, path, (None, shape.sizes[1]), shape.blocks)
+
     @cached_property
     def _shape_rows(self) -> Mapping[tuple[str, str], list[tuple[re.Pattern[str], Shape]]]:
         widths = {component: WIDTHS[name] for component, name in self.encoders.items() if name in WIDTHS}
         encoders = [Shape(component, path, (None, width)) for component, width in widths.items() for path in READ_BY]
         index: dict[tuple[str, str], list[tuple[re.Pattern[str], Shape]]] = {}
-        for shape in (*self.shapes, *encoders):
+        for shape in (*self.shapes, *self._feed_forwards(), *encoders):
             flat = flatten(shape.path)
             pattern = re.compile(HOLE.sub(r"\\d+", flat))
             key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
