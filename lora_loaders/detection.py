@@ -51,7 +51,7 @@ def choose_family(
     """
     if wanted is not None:
         return wanted if isinstance(wanted, Family) else family_named(wanted, families), ()
-    ranking = rank_families(modules, tensors, families)
+    ranking = rank_families(modules, tensors, families) if modules else []  # a file of learned tokens has none
     if not ranking or ranking[0][0].names <= MAJORITY:
         return None, ()
     best = [family for score, family in ranking if score == ranking[0][0]]

@@ -247,3 +247,10 @@ def test_attention_alone_of_ovis_is_told_from_flux_by_its_depth() -> None:
     assert ll.read_adapter(flux(6, 27)).family == "ovis-image"
     assert ll.read_adapter(flux(10, 20)).family == "longcat-image"
     assert ll.read_adapter(flux()).family == "flux1"
+
+
+def test_a_file_of_learned_tokens_alone_is_read_and_is_of_no_family(tmp_path: Path) -> None:
+    adapter = ll.read_adapter({"emb_params": torch.ones(2, 768)})
+    assert (adapter.family, adapter.ties, list(adapter.embeddings)) == (None, (), ["emb_params"])
+    ll.write_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    assert torch.equal(ll.read_adapter(tmp_path / "a.safetensors").embeddings["emb_params"], torch.ones(2, 768))
