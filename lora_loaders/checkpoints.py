@@ -6,6 +6,7 @@ So the names axis that adapters go through names weights too, and fused projecti
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,18 @@ PARTS: Mapping[str, str] = {
     "model.diffusion_model.": "diffusion_model.",
     "diffusion_model.": "diffusion_model.",
     "cond_stage_model.transformer.": "text_encoder.",
+    "cond_stage_model.model.": "text_encoder.",
     "conditioner.embedders.0.transformer.": "text_encoder.",
+    "conditioner.embedders.1.model.": "text_encoder_2.",
     "text_encoders.": "text_encoders.",
     "text_encoder.": "text_encoder.",
 }
 ASIDE = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "model_ema.", "alphas_", "betas", "sqrt_")
-"""Beginnings of keys that no adapter changes, or whose names no table holds (OpenCLIP's own)."""
+"""Beginnings of keys that no adapter changes."""
+TURNED = ("conditioner.embedders.1.model.text_projection", "cond_stage_model.model.text_projection")
+"""OpenCLIP's projection lies the other way round, which no rule of names says."""
+FUSED_PARAMETER = re.compile(r"(?<=\battn\.)in_proj_(weight|bias)$")
+"""torch's attention has one parameter for its three projections, and no module."""
 WEIGHT_ENDINGS = (".weight", ".scale")
 
 
@@ -169,9 +176,10 @@ def _as_differences(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     spelled: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         part = next((part for part in PARTS if key.startswith(part)), None)
-        if (part is None and parted) or (part is None and key.startswith(ASIDE)) or tensor.ndim == 0:
+        if (part is None and parted) or (part is None and key.startswith(ASIDE)) or tensor.ndim == 0 or key in TURNED:
             continue
         name = (PARTS[part] if part else "diffusion_model.") + key.removeprefix(part or "")
+        name = FUSED_PARAMETER.sub(r"in_proj.\1", name)
         ending = next((ending for ending in WEIGHT_ENDINGS if name.endswith(ending)), None)
         if name.endswith(".bias"):
             spelled[name.removesuffix(".bias") + ".diff_b"] = tensor

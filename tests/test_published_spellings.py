@@ -214,6 +214,24 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
             "lora_transformer_transformer_blocks_0_attn2_to_k": "transformer.transformer_blocks.0.attn2.to_k",
         },
     ),
+    "sdxl under its checkpoint's names, OpenCLIP's among them": (
+        "sdxl",
+        LORA,
+        {
+            "model.diffusion_model.input_blocks.7.1.transformer_blocks.9.attn2.to_k": (
+                "unet.down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k"
+            ),
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1": (
+                "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+            ),
+            "conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_proj": (
+                "text_encoder_2.text_model.encoder.layers.3.mlp.fc2"
+            ),
+            "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj": parts(
+                "text_encoder_2.text_model.encoder.layers.3.self_attn", ("q_proj", "k_proj", "v_proj")
+            ),
+        },
+    ),
     "chroma kohya": (
         "chroma",
         LORA,

@@ -35,10 +35,16 @@ READ_BY = (
 
 # transformers 5.6 dropped the `text_model.` level of CLIPTextModel and kept it in CLIPTextModelWithProjection.
 CLIP = Names(
-    # 2023's diffusers called the attention's projections as in the UNet.
     """
+# 2023's diffusers called the attention's projections as in the UNet.
 [text_model.encoder.layers.{i}.self_attn]
   to_q -> q_proj (r) ; to_k -> k_proj (r) ; to_v -> v_proj (r) ; to_out -> out_proj (r)
+# OpenCLIP's, in the checkpoints of Stable Diffusion 2 and XL.
+ln_final -> text_model.final_layer_norm (r) ; token_embedding -> text_model.embeddings.token_embedding (r)
+positional_embedding -> text_model.embeddings.position_embedding (r)
+[transformer.resblocks.{i} -> text_model.encoder.layers.{i}]
+  attn.in_proj -> self_attn.q_proj | self_attn.k_proj | self_attn.v_proj (r) ; attn.out_proj -> self_attn.out_proj (r)
+  mlp.c_fc -> mlp.fc1 (r) ; mlp.c_proj -> mlp.fc2 (r) ; ln_1 -> layer_norm1 (r) ; ln_2 -> layer_norm2 (r)
 """,
     same="""
 text_model.embeddings.token_embedding ; text_model.embeddings.position_embedding ; text_model.final_layer_norm
