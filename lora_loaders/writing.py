@@ -220,8 +220,12 @@ def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> li
         names = writing.trainer_names
     # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
     is_encoder = component.startswith("text_encoder")
-    if names == "diffusers" or family is None or (is_encoder and form.names != "original"):
-        if names in ("xlabs", "omi") and not is_encoder:
+    if is_encoder and form.name in KOHYAS and family is not None:
+        names = "trainer" if family.components[component].has("trainer") else "diffusers"
+    elif is_encoder and form.names != "original":
+        names = "diffusers"
+    if names == "diffusers" or family is None:
+        if form.names in ("xlabs", "omi") and not is_encoder:
             writing.problems.append(f"{component}: no {names} names are known for this family")
         return list(deltas.items())
     return _joined(deltas, family.components[component], names, component, writing)

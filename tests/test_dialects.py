@@ -133,6 +133,21 @@ def test_a_header_that_names_no_kind_of_names_is_not_followed() -> None:
         assert {key.split(".")[0] for key in to_tensors(adapter, "kohya")[0]} == {f"lora_unet_layers_0_{stem}"}
 
 
+@pytest.mark.parametrize("family", ["anima", "lumina2"])
+def test_a_language_model_is_called_as_sd_scripts_trains_it(family: str) -> None:
+    """The bare model, without the level of the causal one: `lora_te_layers_0_…` in Anima's published files."""
+    delta = LoraDelta(up=torch.ones(WIDTH, 2), down=torch.ones(2, WIDTH))
+    adapter = Adapter({"text_encoder": {"model.layers.0.self_attn.q_proj": delta}}, family=family)
+    for spelling, stem in (
+        *((kohya, "lora_te_layers_0_self_attn_q_proj") for kohya in ("kohya", "kohya-original", "kohya-diffusers")),
+        ("onetrainer", "lora_te_model_layers_0_self_attn_q_proj"),
+        ("diffusers", "text_encoder.model.layers.0.self_attn.q_proj"),
+    ):
+        tensors, _, _ = to_tensors(adapter, spelling)
+        assert {key.partition(".lora_")[0] for key in tensors} == {stem}
+        assert_equal(ll.read_adapter(tensors, family=family), adapter)
+
+
 @pytest.mark.parametrize("family", ["chroma", "pixart"])
 def test_a_t5_alone_is_called_as_comfyui_reads_it(family: str) -> None:
     """ComfyUI counts a T5 from 1 behind the CLIPs that there are (comfy/lora.py, `model_lora_keys_clip`)."""

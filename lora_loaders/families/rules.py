@@ -318,6 +318,10 @@ class Names:
         holes = (NUMBER.sub("#", HOLE.sub("#", flatten(template))) for template in templates)
         return any(flat == hole or (hole.endswith("**") and flat.startswith(hole[:-2])) for hole in holes)
 
+    def has(self, dialect: Dialect) -> bool:
+        """Whether there are rows of this dialect."""
+        return any(rule.dialect == dialect for rule in self.rules)
+
     def writing(self, dialect: Dialect) -> "Writing":
         """The same table, read from diffusers names to those of a dialect."""
         if dialect not in self._written:

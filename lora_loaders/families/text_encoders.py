@@ -80,6 +80,11 @@ lm_head ; model.embed_tokens ; model.norm
 [model.layers.{{i}}]
 {DECODER_LAYER}
 """,
+    # sd-scripts trains the bare one.
+    trainer=f"""
+[layers.{{i}} -> model.layers.{{i}}]
+{DECODER_LAYER}
+""",
     optional_prefixes=("model.",),
 )
 
