@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, DoraDelta, build, parts_of
 from .deltas.unread import UnreadDelta
-from .detection import choose_family, is_last_by_rows, readings_of, told_depth, vote, why_unresolved
+from .detection import choose_family, is_last_by_rows, readings_of, told_depth, unwrapped, vote, why_unresolved
 from .errors import (
     UNTOUCHED,
     CheckpointError,
@@ -120,6 +120,9 @@ def parse(
     if not modules and not embeddings:
         raise _no_adapter(contents.label, left)
     known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
+    if not _are_known(modules, known, layout):
+        modules = unwrapped(modules, [known] if known else families)
+        known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
     scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
@@ -155,6 +158,16 @@ def parse(
         source=contents.label,
         ties=ties,
     )
+
+
+def _are_known(modules: Sequence[RawModule], family: Family | None, layout: Layout | None) -> bool:
+    """Whether the family or the live model has a module of any of these names."""
+    if family is not None and any(readings_of(module, family) for module in modules):
+        return True
+    if layout is None:
+        return False
+    component = family.denoiser if family is not None else layout.denoiser() or ""
+    return any(layout.find(component, module.name) is not None for module in modules)
 
 
 def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:

@@ -15,6 +15,7 @@ from .families import FAMILIES, Family
 from .families.family import Shape, means_encoder
 from .families.rules import HOLE, NUMBER, Names, Resolved
 from .formats import RawModule
+from .formats.grammar import split_prefix
 
 logger = logging.getLogger(__name__)
 SAMPLE = 96
@@ -58,6 +59,29 @@ def choose_family(
     if len(best) > 1:
         logger.info("%s: names and shapes fit %s; read as %s", label, ", ".join(f.name for f in best), best[0].name)
     return best[0], tuple(family.name for family in best[1:])
+
+
+def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Sequence[RawModule]:
+    """The modules without the levels that all their names share, if so a family knows the most of them.
+
+    Trainers save what they have: a wrapper's `generator.model.` stands before every name of some files.
+    """
+    inner = modules
+    while inner:
+        levels = {module.name.partition(".")[0] for module in inner if "." in module.name}
+        if len(levels) != 1 or not all("." in module.name for module in inner):
+            break
+        inner = [_inside(module) for module in inner]
+        sample = sample_of(inner)
+        if any(sum(bool(readings_of(m, f)) for m in sample) > MAJORITY * len(sample) for f in families):
+            return inner
+    return modules
+
+
+def _inside(module: RawModule) -> RawModule:
+    """A module under its name without the first level, and without the prefixes that stand behind that."""
+    _, component, name = split_prefix(module.name.partition(".")[2])
+    return replace(module, name=name, component=module.component or component)
 
 
 class Score(NamedTuple):

@@ -5,7 +5,9 @@ Names are facts that public trackers, trainers and converters show; beside each 
 
 import pytest
 import torch
+from torch import nn
 
+import lora_loaders as ll
 from lora_loaders.conversion import parse
 from lora_loaders.files import Contents
 
@@ -397,3 +399,23 @@ def test_untrained_split_modules_give_way_to_the_fused_one_that_was_trained() ->
     assert len(changes) == 3
     assert all("fused" in reason for reason in adapter.ignored.values())
     assert len(adapter.ignored) == 2
+
+
+@pytest.mark.parametrize("wrapper", ["model.", "generator.model.", "pipe.dit2.", "lora.", "model.transformer."])
+@pytest.mark.parametrize("family", [None, "flux1"])
+def test_levels_that_all_names_share_and_no_family_knows_are_left_out(wrapper: str, family: str | None) -> None:
+    paths = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.3.proj_mlp", "norm_out.linear"]
+    keys = {f"{wrapper}{path}.lora_{end}.weight": path for path in paths for end in "AB"}
+    placeholder = torch.empty(0, device="meta")
+    adapter = parse(Contents(dict.fromkeys(keys, placeholder), names_only=True), family)
+    assert dict(adapter.bound) == {key: (f"transformer.{path}",) for key, path in keys.items()}
+    assert adapter.family == "flux1"
+
+
+def test_a_live_wrapper_keeps_the_level_that_it_has() -> None:
+    wrapper = nn.ModuleDict({"model": nn.ModuleDict({"img_in": nn.Linear(8, 8), "txt_in": nn.Linear(8, 8)})})
+    tensors = {f"model.{name}.lora_{end}.weight": torch.ones(2, 8) for name in ("img_in", "txt_in") for end in "A"}
+    tensors |= {f"model.{name}.lora_B.weight": torch.ones(8, 2) for name in ("img_in", "txt_in")}
+    plan = ll.plan(wrapper, tensors)
+    assert not plan.unmatched
+    assert len(plan.matched) == 2
