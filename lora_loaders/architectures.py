@@ -1,7 +1,7 @@
 """Models without weights, from configuration files: names and shapes of full-size models in milliseconds."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from .errors import LoraLoadersError
-from .families import FAMILIES
+from .families import FAMILIES, Family
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
-COMPONENTS = frozenset(component for family in FAMILIES for component in family.components)
 NOTHING = "Nothing was changed."
 
 
@@ -31,11 +30,12 @@ class Blueprint:
         return self.path.absolute().parent.name
 
 
-def find_blueprints(path: Path) -> tuple[dict[str, Blueprint], str | None]:
+def find_blueprints(path: Path, families: Sequence[Family] = FAMILIES) -> tuple[dict[str, Blueprint], str | None]:
     """Configurations of the components that an adapter may change, and the pipeline's class.
 
     Args:
         path: a pipeline's folder, a model's folder, or a configuration file.
+        families: those whose components they are.
 
     Returns:
         Component -> configuration, under "" for a single model; and the class, None for a single model.
@@ -52,7 +52,8 @@ def find_blueprints(path: Path) -> tuple[dict[str, Blueprint], str | None]:
     config = _read_json(path)
     if path.name != INDEX:
         return {"": Blueprint(path, config)}, None
-    present = [name for name, entry in config.items() if name in COMPONENTS and _is_present(entry)]
+    known = {component for family in families for component in family.components}
+    present = [name for name, entry in config.items() if name in known and _is_present(entry)]
     files = {name: path.parent / name / CONFIG for name in present}
     return {name: Blueprint(file, _read_json(file)) for name, file in files.items()}, str(config.get("_class_name"))
 

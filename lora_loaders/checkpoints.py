@@ -6,7 +6,8 @@ So the names axis that adapters go through names weights too, and fused projecti
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,18 @@ PARTS: Mapping[str, str] = {
     "model.diffusion_model.": "diffusion_model.",
     "diffusion_model.": "diffusion_model.",
     "cond_stage_model.transformer.": "text_encoder.",
+    "cond_stage_model.model.": "text_encoder.",
     "conditioner.embedders.0.transformer.": "text_encoder.",
+    "conditioner.embedders.1.model.": "text_encoder_2.",
     "text_encoders.": "text_encoders.",
     "text_encoder.": "text_encoder.",
 }
 ASIDE = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "model_ema.", "alphas_", "betas", "sqrt_")
-"""Beginnings of keys that no adapter changes, or whose names no table holds (OpenCLIP's own)."""
+"""Beginnings of keys that no adapter changes."""
+TURNED = ("conditioner.embedders.1.model.text_projection", "cond_stage_model.model.text_projection")
+"""OpenCLIP's projection lies the other way round, which no rule of names says."""
+FUSED_PARAMETER = re.compile(r"(?<=\battn\.)in_proj_(weight|bias)$")
+"""torch's attention has one parameter for its three projections, and no module."""
 WEIGHT_ENDINGS = (".weight", ".scale")
 
 
@@ -62,13 +69,20 @@ class Checkpoint:
 Weights = str | os.PathLike[str] | nn.Module | Mapping[str, nn.Module] | Checkpoint
 
 
-def open_checkpoint(source: Weights, *, family: str | None = None, component: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: Weights,
+    *,
+    family: str | None = None,
+    component: str | None = None,
+    families: Sequence[Family] = FAMILIES,
+) -> Checkpoint:
     """Weights of a pipeline's folder, a model's folder, a file (diffusers' or original names), or of live models.
 
     Args:
         source: a path; a model, or component -> model, whose fused adapters count as weights; or an open checkpoint.
         family: the family, where names alone do not tell it.
         component: what adapters call a lone model, if its class does not tell.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: nothing there that holds weights.
@@ -77,21 +91,21 @@ def open_checkpoint(source: Weights, *, family: str | None = None, component: st
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, nn.Module):
-        found = family_of(source)
+        found = family_of(source, families)
         source = {component or (found.denoiser if found else "transformer"): source}
     if isinstance(source, Mapping):
-        return _of_modules(source, family)
+        return _of_modules(source, family, families)
     path = Path(source)
     if path.is_dir() and not any((path / name).is_file() for name in (INDEX, CONFIG)):
-        return _of_files(_files_in(path), path, family)
+        return _of_files(_files_in(path), path, family, families)
     if path.is_dir():
-        return _of_folder(path, family, component)
-    return _of_files([path], path, family)
+        return _of_folder(path, family, component, families)
+    return _of_files([path], path, family, families)
 
 
-def _of_modules(models: Mapping[str, nn.Module], family: str | None) -> Checkpoint:
-    families = [found for model in models.values() if (found := family_of(model)) is not None]
-    known = family_named(family) if family else next(iter(families), None)
+def _of_modules(models: Mapping[str, nn.Module], family: str | None, families: Sequence[Family]) -> Checkpoint:
+    told = (found for model in models.values() if (found := family_of(model, families)) is not None)
+    known = family_named(family, families) if family else next(told, None)
     deltas: dict[str, dict[str, Delta]] = {}
     unreadable: list[str] = []
     for component, model in models.items():
@@ -128,10 +142,10 @@ def _parts_of(path: str, base: nn.Module) -> dict[str, FullDelta]:
     }
 
 
-def _of_folder(folder: Path, family: str | None, component: str | None) -> Checkpoint:
+def _of_folder(folder: Path, family: str | None, component: str | None, families: Sequence[Family]) -> Checkpoint:
     """A pipeline or a model as diffusers saves it: module paths are those of the keys."""
-    blueprints, pipeline = find_blueprints(folder)
-    known = family_named(family) if family else _family_by_class(blueprints)
+    blueprints, pipeline = find_blueprints(folder, families)
+    known = family_named(family, families) if family else _family_by_class(blueprints, families)
     if pipeline is None:
         blueprints = {component or _component_of(blueprints[""], known): blueprints[""]}
     deltas: dict[str, dict[str, Delta]] = {}
@@ -156,7 +170,7 @@ def _modules_of(tensors: Mapping[str, Tensor]) -> dict[str, FullDelta]:
     return {path: FullDelta(diff=slots.get("diff"), bias=slots.get("bias")) for path, slots in fields.items()}
 
 
-def _family_by_class(blueprints: Mapping[str, Blueprint]) -> Family | None:
+def _family_by_class(blueprints: Mapping[str, Blueprint], families: Sequence[Family]) -> Family | None:
     def agreement(family: Family, blueprint: Blueprint) -> int:
         facts = family.config_facts.items()
         return sum(1 if blueprint.config.get(key) == value else -1 for key, value in facts)
@@ -164,7 +178,7 @@ def _family_by_class(blueprints: Mapping[str, Blueprint]) -> Family | None:
     fitting = [
         (agreement(family, blueprint), family)
         for blueprint in blueprints.values()
-        for family in FAMILIES
+        for family in families
         if blueprint.config.get("_class_name") in family.model_classes
     ]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
@@ -176,10 +190,10 @@ def _component_of(blueprint: Blueprint, family: Family | None) -> str:
     return blueprint.folder if is_text_encoder(blueprint.folder) else "transformer"
 
 
-def _of_files(files: list[Path], path: Path, family: str | None) -> Checkpoint:
+def _of_files(files: list[Path], path: Path, family: str | None, families: Sequence[Family]) -> Checkpoint:
     """A checkpoint under its publisher's names, or one model's under diffusers': the family's table reads them."""
     contents = Contents(_as_differences(_tensors_in(files)), label=str(path))
-    return Checkpoint(parse(contents, family), str(path), tuple(files))
+    return Checkpoint(parse(contents, family, families=families), str(path), tuple(files))
 
 
 def _as_differences(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,9 +202,10 @@ def _as_differences(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     spelled: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         part = next((part for part in PARTS if key.startswith(part)), None)
-        if (part is None and parted) or (part is None and key.startswith(ASIDE)) or tensor.ndim == 0:
+        if (part is None and parted) or (part is None and key.startswith(ASIDE)) or tensor.ndim == 0 or key in TURNED:
             continue
         name = (PARTS[part] if part else "diffusion_model.") + key.removeprefix(part or "")
+        name = FUSED_PARAMETER.sub(r"in_proj.\1", name)
         ending = next((ending for ending in WEIGHT_ENDINGS if name.endswith(ending)), None)
         if name.endswith(".bias"):
             spelled[name.removesuffix(".bias") + ".diff_b"] = tensor

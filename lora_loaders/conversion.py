@@ -10,7 +10,16 @@ from torch import Tensor
 from .adapter import Adapter, Unresolved
 from .deltas import Delta, DoraDelta, build, parts_of
 from .deltas.unread import UnreadDelta
-from .detection import choose_family, readings_of, told_depth, vote
+from .detection import (
+    choose_family,
+    is_last_by_rows,
+    joined_spellings,
+    readings_of,
+    told_depth,
+    unwrapped,
+    vote,
+    why_unresolved,
+)
 from .errors import (
     UNTOUCHED,
     CheckpointError,
@@ -20,7 +29,7 @@ from .errors import (
     UnknownFormatError,
 )
 from .families import FAMILIES, Family
-from .families.rules import Resolved, flatten
+from .families.rules import Resolved
 from .files import Contents, read
 from .formats import RawModule, is_embedding
 from .locating import HubOptions
@@ -121,11 +130,14 @@ def parse(
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
     scalings = Scalings.of(contents.metadata, contents.config, contents.label)
     modules, left, spelling = read_with_parameters(list(contents.tensors), scalings.configs, layout)
-    modules = _joined_spellings(modules)
+    modules = joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
     if not modules and not embeddings:
         raise _no_adapter(contents.label, left)
     known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
+    if not _are_known(modules, known, layout):
+        modules = unwrapped(modules, [known] if known else families)
+        known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     malformed = 0
@@ -162,6 +174,16 @@ def parse(
     )
 
 
+def _are_known(modules: Sequence[RawModule], family: Family | None, layout: Layout | None) -> bool:
+    """Whether the family or the live model has a module of any of these names."""
+    if family is not None and any(readings_of(module, family) for module in modules):
+        return True
+    if layout is None:
+        return False
+    component = family.denoiser if family is not None else layout.denoiser() or ""
+    return any(layout.find(component, module.name) is not None for module in modules)
+
+
 def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:
     """The error for a file without a change in it."""
     problems = [f"{key}: {reason}" for key, reason in left.items()]
@@ -181,19 +203,6 @@ def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:
     )
 
 
-def _joined_spellings(modules: Iterable[RawModule]) -> list[RawModule]:
-    """One module where a file spells it in several ways, each key once: `to_k.alpha` beside `to.k.lora_up.weight`."""
-    joined: dict[tuple[str, str], RawModule] = {}
-    whole: list[RawModule] = []
-    for module in modules:
-        first = joined.setdefault((module.component, flatten(module.name)), module)
-        if first is not module and first.keys.keys().isdisjoint(module.keys):
-            first.keys.update(module.keys)
-        else:
-            whole.append(module)
-    return whole
-
-
 def _bind(module: RawModule, reading: _Reading) -> None:
     """Build one module's delta and put it under its diffusers paths."""
     keys = tuple(module.keys.values())
@@ -209,7 +218,7 @@ def _bind(module: RawModule, reading: _Reading) -> None:
     try:
         delta = _delta(module, tensors, component, path, reading)
         if path is None:
-            reason = _why_unresolved(readings, reading.family)
+            reason = why_unresolved(module, readings, reading.family)
             reading.unresolved.append(Unresolved(component, module.name, delta, keys, reason))
             return
         if readings and readings[0][1].rule.parameter:
@@ -265,13 +274,6 @@ def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _R
     return hints[0], None
 
 
-def _why_unresolved(readings: list[tuple[str, Resolved]], family: Family | None) -> str:
-    if len(readings) == 2:
-        names = " or ".join(reading.paths[0] for _, reading in readings)
-        return f"ambiguous: {names}, and no other key of the file tells which names it speaks"
-    return "no such name in this family" if family else "no family knows the most of this file's names"
-
-
 def _are_equal(one: str, other: str, contents: Contents) -> bool:
     first, second = contents.tensors[one], contents.tensors[other]
     return first.shape == second.shape and (first.is_meta or first.equal(second))
@@ -293,7 +295,7 @@ def _alpha(tensor: Tensor | None) -> float | None:
 def _place(delta: Delta, resolved: Resolved, component: str, reading: _Reading) -> dict[str, Delta]:
     """The delta's parts under their paths: swapped and split as the rule says, sizes from a live model first."""
     rule, paths, layout = resolved.rule, resolved.paths, reading.layout
-    if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, reading)):
+    if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, reading, delta)):
         delta = delta.swap_halves()
     if len(paths) == 1:
         return {paths[0]: delta}
@@ -321,10 +323,12 @@ def _heads_apart(delta: Delta, resolved: Resolved) -> Delta:
     return delta.map_rows(lambda t: t.view(-1, parts, head, *t.shape[1:]).transpose(0, 1).reshape(t.shape))
 
 
-def _is_last(resolved: Resolved, component: str, reading: _Reading) -> bool:
-    """Whether this is the model's last block: the live model's, or that of a published one which the file fills."""
+def _is_last(resolved: Resolved, component: str, reading: _Reading, delta: Delta | None = None) -> bool:
+    """Whether this is the model's last block: the live model's, one whose rows say it, or a published one's."""
     path, layout = resolved.paths[0], reading.layout
     blocks = layout.blocks(component, path) if layout else None
+    if blocks is None and delta is not None and (told := is_last_by_rows(delta)) is not None:
+        return told
     if blocks is None and reading.family is not None:
         blocks = told_depth(reading.modules, reading.family, path)
     return blocks is not None and resolved.block == blocks - 1

@@ -10,6 +10,7 @@ import torch
 
 from .adapter import Adapter
 from .conversion import Source, parse
+from .detection import family_named
 from .errors import ConversionError
 from .families import FAMILIES, Family
 from .files import read
@@ -60,12 +61,24 @@ def convert(
 
 def _written_otherwise(adapter: Adapter, format: str, families: Sequence[Family]) -> list[str]:
     """The families that fit the adapter as well and have other names for its modules in this format, or none."""
-
-    def keys(family: str | None) -> set[str] | None:
+    if adapter.family is None or not adapter.ties:
+        return []
+    own = family_named(adapter.family, families)
+    keys = set(to_tensors(adapter, format, families=families)[0])
+    others: list[str] = []
+    for family in (family_named(name, families) for name in adapter.ties):
         try:
-            return set(to_tensors(replace(adapter, family=family), format, families=families)[0])
+            if set(to_tensors(_moved(adapter, own, family), format, families=families)[0]) != keys:
+                others.append(family.name)
         except ConversionError:
-            return None
+            continue  # its file in this format would be none at all
+    return others
 
-    own = keys(adapter.family) if adapter.ties else None
-    return [family for family in adapter.ties if keys(family) != own]
+
+def _moved(adapter: Adapter, own: Family, other: Family) -> Adapter:
+    """The adapter as if it were read as the other family's: one denoiser for the other, each encoder for the same."""
+    encoders = {encoder: component for component, encoder in other.encoders.items()}
+    places = {component: encoders[name] for component, name in own.encoders.items() if name in encoders}
+    places[own.denoiser] = other.denoiser
+    deltas = {places.get(component, component): deltas for component, deltas in adapter.deltas.items()}
+    return replace(adapter, deltas=deltas, family=other.name)

@@ -9,17 +9,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .deltas import Delta
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
-from .families.family import Shape
-from .families.rules import HOLE, NUMBER, Names, Resolved
+from .families.family import Shape, means_encoder
+from .families.rules import HOLE, NUMBER, Names, Resolved, flatten
 from .formats import RawModule
+from .formats.grammar import split_prefix
 
 logger = logging.getLogger(__name__)
 SAMPLE = 96
 """Modules that are looked at, and more only where a file has more kinds of names."""
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
+KOHYA_ENCODER = re.compile(r"lora_te(\d?)_")
+UNKNOWN_NAME = "no such name in this family"
 
 
 def family_named(name: str, families: Sequence[Family] = FAMILIES) -> Family:
@@ -48,13 +52,49 @@ def choose_family(
     """
     if wanted is not None:
         return wanted if isinstance(wanted, Family) else family_named(wanted, families), ()
-    ranking = rank_families(modules, tensors, families)
+    ranking = rank_families(modules, tensors, families) if modules else []  # a file of learned tokens has none
     if not ranking or ranking[0][0].names <= MAJORITY:
         return None, ()
     best = [family for score, family in ranking if score == ranking[0][0]]
     if len(best) > 1:
         logger.info("%s: names and shapes fit %s; read as %s", label, ", ".join(f.name for f in best), best[0].name)
     return best[0], tuple(family.name for family in best[1:])
+
+
+def joined_spellings(modules: Iterable[RawModule]) -> list[RawModule]:
+    """One module where a file spells it in several ways, each key once: `to_k.alpha` beside `to.k.lora_up.weight`."""
+    joined: dict[tuple[str, str], RawModule] = {}
+    whole: list[RawModule] = []
+    for module in modules:
+        first = joined.setdefault((module.component, flatten(module.name)), module)
+        if first is not module and first.keys.keys().isdisjoint(module.keys):
+            first.keys.update(module.keys)
+        else:
+            whole.append(module)
+    return whole
+
+
+def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Sequence[RawModule]:
+    """The modules without the levels that all their names share, if so a family knows the most of them.
+
+    Trainers save what they have: a wrapper's `generator.model.` stands before every name of some files.
+    """
+    inner = modules
+    while inner:
+        levels = {module.name.partition(".")[0] for module in inner if "." in module.name}
+        if len(levels) != 1 or not all("." in module.name for module in inner):
+            break
+        inner = [_inside(module) for module in inner]
+        sample = sample_of(inner)
+        if any(sum(bool(readings_of(m, f)) for m in sample) > MAJORITY * len(sample) for f in families):
+            return inner
+    return modules
+
+
+def _inside(module: RawModule) -> RawModule:
+    """A module under its name without the first level, and without the prefixes that stand behind that."""
+    _, component, name = split_prefix(module.name.partition(".")[2])
+    return replace(module, name=name, component=module.component or component)
 
 
 class Score(NamedTuple):
@@ -67,7 +107,7 @@ class Score(NamedTuple):
     depths: float
     """Of the lists of blocks: 1 if all have as many as in a published model of that width, -1 if one has more."""
     encoders: float
-    """Share of the text encoders' names that the encoder of their number has."""
+    """Share of the text encoders' names that the encoder of their number has; half where it has another number here."""
     complete: bool
     """Whether the file changes all modules that are called like those it changes: trainers take every `to_q`."""
     alone: bool
@@ -82,8 +122,8 @@ def rank_families(
     A width that no published model has tells nothing: small models and new sizes have names like the published ones.
     """
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
-    encoding = [m for m in modules if m.component.startswith(("te", "encoder:"))]
-    denoising = [m for m in modules if not m.component.startswith(("te", "encoder:"))]
+    encoding = [m for m in modules if means_encoder(m.component)]
+    denoising = [m for m in modules if not means_encoder(m.component)]
     sample, encoders = sample_of(denoising or encoding), sample_of(encoding)
     ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
     return sorted(ranking, key=lambda pair: pair[0], reverse=True)
@@ -188,10 +228,17 @@ def _kind(path: str) -> str:
     return re.sub(r"\b\d+\b", "#", path)
 
 
-def _is_numbered_right(module: RawModule, family: Family) -> bool:
+def _is_numbered_right(module: RawModule, family: Family) -> float:
     """Whether the encoder that a prefix means by its number or name has a module of this name."""
     meant = family.encoder_meant(module.component)
-    return meant is not None and bool(family.components[meant].resolve(module.name))
+    if meant is None or not family.components[meant].resolve(module.name):
+        return 0
+    kohya = KOHYA_ENCODER.fullmatch(module.prefix)
+    # `lora_te_` is the only encoder of any kind; `lora_te1_` the first of several, or the only one if it is a T5.
+    told = (
+        kohya is None or kohya[1] == family.encoder_number(meant) or (not kohya[1] and len(family.text_encoders) == 1)
+    )
+    return 1 if told else 0.5
 
 
 def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:
@@ -247,3 +294,24 @@ def told_depth(modules: Iterable[RawModule], family: Family, path: str) -> int |
     blocks = path[: found.start() - 1] if found else ""
     last = _last_blocks(read, family).get(blocks)
     return last + 1 if last is not None and last + 1 in family.depths[blocks] else None
+
+
+def is_last_by_rows(delta: Delta) -> bool | None:
+    """Whether a modulation is that of a last block, which has scale and shift alone: two rows an input, others six.
+
+    None where the delta does not tell how many inputs its weight has.
+    """
+    shape = delta.shape
+    return None if shape is None or min(shape[:2]) < 1 else shape[0] == 2 * shape[1]
+
+
+def why_unresolved(module: RawModule, readings: Sequence[tuple[str, Resolved]], family: Family | None) -> str:
+    """Why a name has no place, in words."""
+    if len(readings) == 2:
+        names = " or ".join(reading.paths[0] for _, reading in readings)
+        return f"ambiguous: {names}, and no other key of the file tells which names it speaks"
+    if family is None:
+        return "no family knows the most of this file's names"
+    held = [family.components[c].held_by(module.name) for c in family.named_component(module.component)]
+    inside = next(filter(None, held), None)
+    return f"a container without a weight of its own: it holds {', '.join(inside)}" if inside else UNKNOWN_NAME

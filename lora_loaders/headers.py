@@ -9,7 +9,8 @@ from .deltas import Delta, ExpertsDelta, LoraDelta
 from .detection import family_named
 from .errors import ConversionError
 from .families import Family
-from .formats import Format
+from .formats import KOHYAS, Format
+from .kohya_names import NAMES_KEY
 from .peft_types import PEFT_WAYS_OUT, written
 from .scaling import KOHYA_SCALING, METADATA_KEY, kohya_header, lora_config
 
@@ -37,7 +38,8 @@ def metadata_of(
         changes: the deltas as they are written, joined where the format has fused names.
     """
     # Hashes are of other tensors, or of these under other names; ranks and alphas may be of others too.
-    own = {METADATA_KEY, "format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", *KOHYA_SCALING}
+    hashes = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+    own = {METADATA_KEY, NAMES_KEY, "format", *hashes, *KOHYA_SCALING}
     metadata = {key: value for key, value in adapter.metadata.items() if key not in own}
     if adapter.format == "indexed":
         metadata = {key: value for key, value in metadata.items() if ":" not in key and value != "<embed>"}
@@ -52,7 +54,7 @@ def metadata_of(
         if configs:
             flat = {f"{c}.{name}": value for c, config in configs.items() for name, value in config.items()}
             metadata[METADATA_KEY] = json.dumps(flat, sort_keys=True)
-    elif form.name == "kohya":
+    elif form.name in KOHYAS:
         metadata |= kohya_header(changes, metadata.get("ss_network_module"))
     return metadata
 

@@ -14,6 +14,7 @@ from .conversion import parse, with_live_names
 from .detection import rank_families, readings_of, sample_of
 from .errors import AdapterFileError, AdapterMismatchError, AdapterStateError, NothingFitsError
 from .families import FAMILIES, Family
+from .families.family import means_encoder
 from .files import Contents
 from .formats import NO_SUFFIX, RawModule, read_modules
 from .fusing import fused_adapters
@@ -268,7 +269,7 @@ def _check_family(layout: ModelLayout, contents: Contents | Adapter, family: Fam
     if isinstance(contents, Adapter) or family is None:
         return
     modules, _, spelling = read_modules(list(contents.tensors))
-    denoising = sample_of([m for m in modules if not m.component.startswith(("te", "encoder:"))])
+    denoising = sample_of([m for m in modules if not means_encoder(m.component)])
     lost = [module for module in denoising if not _has_place(module, family, layout)]
     if len(lost) <= MISPLACED * len(denoising):
         return

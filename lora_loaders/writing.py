@@ -15,15 +15,16 @@ from .adapter import Adapter
 from .atomic import atomic
 from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
 from .deltas.rows import rows_in
-from .detection import family_named
+from .detection import family_named, is_last_by_rows
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family, Names
 from .families.rules import Resolved
 from .files import write_safetensors
-from .formats import FORMATS, Format, format_named
+from .formats import FORMATS, KOHYAS, Format, format_named
 from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
+from .kohya_names import NAMES_KEY, Flattened, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
 from .peft_parameters import wrapped
 from .peft_types import for_peft, refuse_unreadable
@@ -38,6 +39,8 @@ class _Writing:
 
     form: Format
     family: Family | None
+    trainer_names: Flattened = "diffusers"
+    """Whose names the spelling of kohya's trainers flattens."""
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta | ExpertsDelta]] = field(
         default_factory=dict[str, dict[str, LoraDelta | ExpertsDelta]]
@@ -81,7 +84,8 @@ def to_tensors(
     form = format_named(format)
     adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
-    writing = _Writing(form, family)
+    trainer_names = kohya_names(adapter, family) if family else "diffusers"
+    writing = _Writing(form, family, trainer_names)
     components = [component for component, deltas in adapter.deltas.items() if deltas]
     if form.name == "peft" and len(components) > 1:
         writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
@@ -110,6 +114,8 @@ def to_tensors(
         )
     tuner = config if writing.tuned else {}
     metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    if family is not None and form.name not in KOHYAS and trainer_names != family.trainer_names:
+        metadata[NAMES_KEY] = trainer_names
     return writing.tensors, metadata, config
 
 
@@ -187,8 +193,10 @@ def _prefix(form: Format, component: str, family: Family | None) -> str | None:
         return None
     number = family.encoder_number(component) if is_encoder and family else ""
     encoder = family.encoders.get(component, "") if family else ""
+    if form.encoders is not None:
+        encoder = form.encoders.get(encoder, "")
     if "{encoder}" in template and not encoder:
-        return None  # ComfyUI's name of it is not known
+        return None  # its name is not known
     if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
         return template.format(component=component)
     if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
@@ -215,11 +223,15 @@ def _named(deltas: Mapping[str, Delta], component: str, writing: _Writing) -> li
         return _indexed(deltas, component, writing)
     names = form.names
     if names == "trainer":
-        names = family.trainer_names if family else "diffusers"
+        names = writing.trainer_names
     # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
     is_encoder = component.startswith("text_encoder")
-    if names == "diffusers" or family is None or (is_encoder and form.names != "original"):
-        if names in ("xlabs", "omi"):
+    if is_encoder and form.name in KOHYAS and family is not None:
+        names = "trainer" if family.components[component].has("trainer") else "diffusers"
+    elif is_encoder and form.names != "original":
+        names = "diffusers"
+    if names == "diffusers" or family is None:
+        if form.names in ("xlabs", "omi") and not is_encoder:
             writing.problems.append(f"{component}: no {names} names are known for this family")
         return list(deltas.items())
     return _joined(deltas, family.components[component], names, component, writing)
@@ -245,7 +257,7 @@ def _joined(
         try:
             delta = _join(resolved, parts)
             swap = resolved.rule.swap
-            swapped = swap == "all" or (swap == "last" and _ends(resolved, deltas, writing.family))
+            swapped = swap == "all" or (swap == "last" and _ends(resolved, delta, deltas, writing.family))
             named.append((source, delta.swap_halves() if swapped else delta))
         except ConversionError as error:
             writing.refuse(error, f"{component}.{source}")
@@ -257,8 +269,11 @@ def _owner(name: str, names: Names) -> str | None:
     return next((r.paths[0] for r in names.resolve(name) if not r.is_diffusers and name not in r.paths), None)
 
 
-def _ends(resolved: Resolved, deltas: Mapping[str, Delta], family: Family | None) -> bool:
-    """Whether this is the last block of a published model, which the adapter fills; reading asks the same."""
+def _ends(resolved: Resolved, delta: Delta, deltas: Mapping[str, Delta], family: Family | None) -> bool:
+    """Whether this is the last block: its rows say it, or a published model has as many; reading asks the same."""
+    told = is_last_by_rows(delta)
+    if told is not None:
+        return told
     blocks = resolved.paths[0].partition(".")[0]
     depths = family.depths.get(blocks, ()) if family else ()
     last = max(int(path.split(".")[1]) for path in deltas if path.startswith(f"{blocks}."))
@@ -357,7 +372,7 @@ def _fusing(path: str, component: str, writing: _Writing) -> list[str]:
         return []
 
     def fuses(form: Format) -> bool:
-        names = family.trainer_names if form.names == "trainer" else form.names
+        names = writing.trainer_names if form.names == "trainer" else form.names
         return names != "diffusers" and len(family.components[component].writing(names).source(path)[1].paths) > 1
 
     return [f.name for f in FORMATS if f is not writing.form and f.algebras == ALL_ALGEBRAS and fuses(f)]

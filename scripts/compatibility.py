@@ -22,6 +22,8 @@ BEGIN = "<!-- compatibility: written by scripts/compatibility.py -->"
 END = "<!-- end of compatibility -->"
 ALPHA = {"tensor": "a tensor a module", "metadata": "the header", "folded": "multiplied into `up`"}
 EXAMPLES = (("flux1", "transformer_blocks.0.attn.to_out.0"), ("sd15", None))
+# Flux' trainers write the original's names anyway.
+OTHER_EXAMPLES = {"kohya-original": (("z-image", "layers.0.attention.to_out.0"),)}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -32,10 +34,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def example_adapters() -> Iterator[Adapter]:
-    """Tiny adapters of which at least one can be said in each format."""
+def example_adapters(form: Format) -> Iterator[Adapter]:
+    """Tiny adapters of which at least one can be said in this format."""
     families = {family.name: family for family in FAMILIES}
-    for name, path in EXAMPLES:
+    for name, path in OTHER_EXAMPLES.get(form.name, EXAMPLES):
         family = families[name]
         component = family.denoiser
         paths = [path] if path else [path for _, path in family.traversal[component]]
@@ -45,7 +47,7 @@ def example_adapters() -> Iterator[Adapter]:
 
 def example_key(form: Format) -> str:
     """How this format spells the down factor of one module."""
-    for adapter in example_adapters():
+    for adapter in example_adapters(form):
         try:
             tensors, _, _ = to_tensors(adapter, form.name)
         except ConversionError:

@@ -3,10 +3,13 @@
 scripts/survey.py PATH …    a .safetensors file (its header alone is read), a .json listing, or a folder of these
 
 A listing is `{"keys": {key: {"shape": [...]}}}`, `{key: …}` or `[key, …]`; shapes may be missing. Exits with 1 if any
-key is unknown: read as an adapter's, and of a name that the file's family does not have, or no adapter's at all.
+key of a real file is unknown: read as an adapter's, and of a name that the file's family does not have, or no adapter's
+at all. A listing whose `provenance` says that somebody made it up (by hand, synthetic, for a test) is no real file:
+what is unknown in it is named and counted apart.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +30,8 @@ from lora_loaders.inspecting import likely_families
 
 MODULE_ALONE = "a module's name in a listing, without the suffix of a tensor"
 ENDINGS = (".json", ".safetensors")
+INVENTED = re.compile(r"hand-?written|synthetic|invented|test list", re.IGNORECASE)
+"""Words of a listing's `provenance` by which it is no file's header."""
 
 
 class Row(NamedTuple):
@@ -40,7 +45,14 @@ class Row(NamedTuple):
     keys: int
     bound: int
     ignored: dict[str, str]
-    unknown: tuple[str, ...]
+    unknown: dict[str, str]
+    invented: bool
+
+
+def is_invented(path: Path) -> bool:
+    """Whether this is a listing that says of itself that it is no real file's."""
+    listing: Any = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
+    return isinstance(listing, dict) and INVENTED.search(str(listing.get("provenance", ""))) is not None
 
 
 def listed(path: Path) -> dict[str, tuple[int, ...] | None]:
@@ -57,7 +69,9 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(shape) if isinstance(shape, list) else None
 
 
-def surveyed(name: str, keys: dict[str, tuple[int, ...] | None], family: str | None = None) -> Row:
+def surveyed(
+    name: str, keys: dict[str, tuple[int, ...] | None], family: str | None = None, *, invented: bool = False
+) -> Row:
     """Read the names of one file, and its shapes as far as they tell the family."""
     tensors: dict[str, Tensor] = {key: torch.empty(shape or 0, device="meta") for key, shape in keys.items()}
     contents = Contents(tensors, label=name, names_only=True)
@@ -75,11 +89,11 @@ def surveyed(name: str, keys: dict[str, tuple[int, ...] | None], family: str | N
     )
     known = adapter.family or ""
     others = tuple(other for other in likely_families(contents) if other != known)
-    lost = [key for module in adapter.unresolved for key in module.keys]
-    lost += [key for key, reason in adapter.ignored.items() if reason == NO_SUFFIX]
+    lost = {key: module.reason for module in adapter.unresolved for key in module.keys}
+    lost |= {key: reason for key, reason in adapter.ignored.items() if reason == NO_SUFFIX}
     ignored = {key: reason for key, reason in adapter.ignored.items() if reason != NO_SUFFIX}
     bound = len(adapter.bound) + len(adapter.embeddings)
-    return Row(name, known, others, adapter.format or "", len(keys), bound, ignored, tuple(lost))
+    return Row(name, known, others, adapter.format or "", len(keys), bound, ignored, lost, invented)
 
 
 def modules_alone(name: str, keys: Sequence[str], family: str | None) -> Adapter:
@@ -111,18 +125,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(label)
     for label in ("Keys", "Bound", "Ignored", "Unknown"):
         table.add_column(label, justify="right")
-    rows = [surveyed(path.stem, listed(path)) for path in files_of(map(Path, arguments))]
+    files = list(files_of(map(Path, arguments)))
+    rows = [surveyed(path.stem, listed(path), invented=is_invented(path)) for path in files]
     for row in rows:
         counts = (row.keys, row.bound, len(row.ignored), len(row.unknown))
         table.add_row(row.file, row.family or "?", ", ".join(row.also), row.spelling or "?", *map(str, counts))
     console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(table)
     for row in rows:
-        for key in row.unknown[:3]:
-            console.print(f"{row.file}: unknown, as {key}", soft_wrap=True)
-    unknown = sum(len(row.unknown) for row in rows)
-    console.print(f"\n{len(rows)} files, {sum(row.keys for row in rows)} keys, {unknown} unknown", highlight=False)
-    return int(unknown > 0)
+        reasons = {reason: key for key, reason in reversed(row.unknown.items())}
+        for reason, key in reversed(reasons.items()):
+            console.print(f"{row.file}: unknown, as {key}: {reason}", soft_wrap=True, highlight=False)
+    real = sum(len(row.unknown) for row in rows if not row.invented)
+    apart = {row.file: len(row.unknown) for row in rows if row.invented and row.unknown}
+    total = f"\n{len(rows)} files, {sum(row.keys for row in rows)} keys, {real} unknown"
+    console.print(total + (" in real files" if apart else ""), highlight=False)
+    if apart:
+        named = ", ".join(f"{count} of {file}" for file, count in apart.items())
+        console.print(f"unknown in listings that were made up: {named}", soft_wrap=True, highlight=False)
+    return int(real > 0)
 
 
 if __name__ == "__main__":

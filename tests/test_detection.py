@@ -1,6 +1,7 @@
 """Promises about what a file is taken for: a checkpoint, a family's adapter, another family's, nobody's."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +190,67 @@ def test_families_that_look_alike_load_each_others_files() -> None:
     }
     report = loaded(build(BY_LABEL["chroma"]), with_modulation)
     assert report.components == {"transformer": len(flux()) // 2}
+
+
+CLIP = "text_model.encoder.layers.{}.self_attn.q_proj"
+T5 = "encoder.block.{}.layer.0.SelfAttention.q"
+DECODER = "model.layers.{}.self_attn.q_proj"
+# Files of a text encoder alone: names, width, family, those that fit as well, and the formats in which theirs differ.
+ENCODERS: dict[str, tuple[str, int, str, set[str], set[str]]] = {
+    "kohya's only one": ("lora_te_" + CLIP, 768, "sd15", set(), set()),
+    "kohya's first": ("lora_te1_" + CLIP, 768, "sdxl", {"flux1", "sd3", "hidream"}, set()),
+    "kohya's second": ("lora_te2_" + CLIP, 1280, "sdxl", {"sd3", "hidream"}, set()),
+    "of Stable Diffusion 2": ("lora_te_" + CLIP, 1024, "sd2", set(), set()),
+    "kohya's T5": ("lora_te3_" + T5, 4096, "flux1", {"sd3", "hidream"}, {"diffusers"}),
+    "a language model": ("lora_te_" + DECODER, 1024, "anima", set(), set()),
+    "a larger one": ("lora_te_" + DECODER, 2560, "z-image", set(), set()),
+    "diffusers'": ("text_encoder." + CLIP, 768, "sd15", {"sdxl", "flux1", "sd3", "hidream"}, {"kohya"}),
+    "ComfyUI's": (
+        *("text_encoders.clip_g.transformer." + CLIP, 1280, "sdxl"),
+        *({"sd3", "cascade", "hidream", "sdxl-refiner"}, {"kohya", "diffusers"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("label", ENCODERS)
+def test_a_text_encoder_alone_is_told_by_its_width_and_warned_of_where_another_family_writes_it_otherwise(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, width, family, others, differing = ENCODERS[label]
+    tensors: Tensors = {}
+    for block in range(2):
+        stem = name.format(block)
+        stem = stem.replace(".", "_") if stem.startswith("lora_") else stem
+        tensors |= {key: torch.ones(tensor.shape) for key, tensor in pair(stem, width, width).items()}
+    adapter = ll.read_adapter(tensors)
+    assert (adapter.family, set(adapter.ties)) == (family, others)
+    for format in ("kohya", "diffusers", "original"):
+        caplog.clear()
+        ll.convert(tensors, tmp_path / "a.safetensors", format=format)
+        assert any("under other names" in record.message for record in caplog.records) == (format in differing)
+
+
+FEED_FORWARD = {"wan": ("blocks", 40, "ffn", 5120, 13824), "ltx": ("transformer_blocks", 28, "ff", 2048, 8192)}
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_feed_forwards_alone_are_told_by_the_width_of_the_attention(family: str) -> None:
+    path, count, name, width, inner = FEED_FORWARD[family]
+    tensors: Tensors = {}
+    for block in range(count):
+        stem = f"transformer.{path}.{block}.{name}.net"
+        tensors |= pair(f"{stem}.0.proj", inner, width) | pair(f"{stem}.2", width, inner)
+    assert ll.read_adapter(tensors).family == family
+
+
+def test_attention_alone_of_ovis_is_told_from_flux_by_its_depth() -> None:
+    assert ll.read_adapter(flux(6, 27)).family == "ovis-image"
+    assert ll.read_adapter(flux(10, 20)).family == "longcat-image"
+    assert ll.read_adapter(flux()).family == "flux1"
+
+
+def test_a_file_of_learned_tokens_alone_is_read_and_is_of_no_family(tmp_path: Path) -> None:
+    adapter = ll.read_adapter({"emb_params": torch.ones(2, 768)})
+    assert (adapter.family, adapter.ties, list(adapter.embeddings)) == (None, (), ["emb_params"])
+    ll.write_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    assert torch.equal(ll.read_adapter(tmp_path / "a.safetensors").embeddings["emb_params"], torch.ones(2, 768))

@@ -1,12 +1,17 @@
 """Names that other tools give to a family's modules: read as the original's, written as the tool reads them."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 import lora_loaders as ll
 from lora_loaders.adapter import Adapter
 from lora_loaders.deltas import LoraDelta
+from lora_loaders.kohya_names import NAMES_KEY
 from lora_loaders.writing import to_tensors
 
 WIDTH = 8
@@ -85,6 +90,64 @@ def test_hunyuan_is_written_as_comfyui_and_as_the_trainers_have_it(family: str) 
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in tensors
 
 
+# Names that kohya's spelling has in real files and that are not those of the family's trainer; and one of the latter.
+UNUSUAL = {
+    "z-image": (["layers_0_attention_qkv", "layers_0_attention_out"], "layers_0_attention_to_q"),
+    "hunyuan-video": (["double_blocks_0_img_attn_qkv", "double_blocks_0_img_mlp_0"], "double_blocks_0_img_mlp_fc1"),
+    "sd15": (
+        ["input_blocks_1_1_transformer_blocks_0_attn1_to_q", "middle_block_1_proj_in", "output_blocks_3_0_in_layers_2"],
+        "mid_block_attentions_0_proj_in",
+    ),
+    "sdxl": (
+        ["down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", "mid_block_resnets_0_conv1"],
+        "middle_block_0_in_layers_2",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_kohyas_spelling_of_either_names_comes_home_through_the_others(family: str, tmp_path: Path) -> None:
+    stems, trainers = UNUSUAL[family]
+    home = {f"lora_unet_{key}": t for stem in stems for key, t in pair(stem, 3 * WIDTH).items()}
+    home |= {f"lora_unet_{stem}.alpha": torch.tensor(1.0) for stem in stems}
+    safetensors.torch.save_file(home, tmp_path / "0.safetensors")
+    for step, spelling in enumerate(("original", "peft", "diffusers", "kohya")):
+        before, after = (tmp_path / f"{number}.safetensors" for number in (step, step + 1))
+        ll.convert(before, after, format=spelling, family=family)
+    back = safetensors.torch.load_file(tmp_path / "4.safetensors")
+    assert back.keys() == home.keys()
+    assert all(torch.equal(tensor, home[key]) for key, tensor in back.items())
+    other = "kohya-original" if family == "sdxl" else "kohya-diffusers"
+    if family != "hunyuan-video":  # whose trainer has names of its own
+        ll.convert(tmp_path / "4.safetensors", tmp_path / "other.safetensors", format=other, family=family)
+        assert f"lora_unet_{trainers}.lora_up.weight" in safetensors.torch.load_file(tmp_path / "other.safetensors")
+    tensors = to_tensors(replace(ll.read_adapter(home, family=family), format=None), "kohya")[0]
+    assert f"lora_unet_{trainers}.lora_up.weight" in tensors
+    assert to_tensors(ll.read_adapter(tensors, family=family), "peft")[1].keys() & {NAMES_KEY} == set()
+
+
+def test_a_header_that_names_no_kind_of_names_is_not_followed() -> None:
+    deltas = {"layers.0.attention.to_q": LoraDelta(up=torch.ones(WIDTH, 2), down=torch.ones(2, WIDTH))}
+    for said, stem in (("original", "attention_qkv"), ("else", "attention_to_q")):
+        adapter = Adapter({"transformer": deltas}, family="z-image", metadata={NAMES_KEY: said})
+        assert {key.split(".")[0] for key in to_tensors(adapter, "kohya")[0]} == {f"lora_unet_layers_0_{stem}"}
+
+
+@pytest.mark.parametrize("family", ["anima", "lumina2"])
+def test_a_language_model_is_called_as_sd_scripts_trains_it(family: str) -> None:
+    """The bare model, without the level of the causal one: `lora_te_layers_0_…` in Anima's published files."""
+    delta = LoraDelta(up=torch.ones(WIDTH, 2), down=torch.ones(2, WIDTH))
+    adapter = Adapter({"text_encoder": {"model.layers.0.self_attn.q_proj": delta}}, family=family)
+    for spelling, stem in (
+        *((kohya, "lora_te_layers_0_self_attn_q_proj") for kohya in ("kohya", "kohya-original", "kohya-diffusers")),
+        ("onetrainer", "lora_te_model_layers_0_self_attn_q_proj"),
+        ("diffusers", "text_encoder.model.layers.0.self_attn.q_proj"),
+    ):
+        tensors, _, _ = to_tensors(adapter, spelling)
+        assert {key.partition(".lora_")[0] for key in tensors} == {stem}
+        assert_equal(ll.read_adapter(tensors, family=family), adapter)
+
+
 @pytest.mark.parametrize("family", ["chroma", "pixart"])
 def test_a_t5_alone_is_called_as_comfyui_reads_it(family: str) -> None:
     """ComfyUI counts a T5 from 1 behind the CLIPs that there are (comfy/lora.py, `model_lora_keys_clip`)."""
@@ -96,6 +159,30 @@ def test_a_t5_alone_is_called_as_comfyui_reads_it(family: str) -> None:
     for prefix in ("lora_te_", "lora_te1_", "lora_te3_"):
         renamed = {key.replace("lora_te1_", prefix): tensor for key, tensor in tensors.items()}
         assert_equal(ll.read_adapter(renamed, family=family), adapter)
+
+
+def test_omi_has_onetrainers_words_for_components_and_none_for_others() -> None:
+    """`convert_flux_lora_key_sets` of OneTrainer's modules/util/convert/lora: transformer, clip_l and t5."""
+    pairs = {
+        "transformer": "transformer_blocks.0.attn.to_out.0",
+        "text_encoder": "text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q",
+    }
+    delta = LoraDelta(up=torch.ones(WIDTH, 2), down=torch.ones(2, WIDTH))
+    adapter = Adapter({component: {path: delta} for component, path in pairs.items()}, family="flux1")
+    tensors, _, _ = to_tensors(adapter, "omi")
+    assert {key.split(".lora_")[0] for key in tensors if "lora_up" in key} == {
+        "transformer.double_blocks.0.img_attn.proj",
+        "clip_l.text_model.encoder.layers.0.mlp.fc1",
+        "t5.encoder.block.0.layer.0.SelfAttention.q",
+    }
+    assert_equal(ll.read_adapter(tensors), adapter)
+    unet = Adapter({"unet": {"mid_block.attentions.0.proj_in": delta}}, family="sdxl")
+    assert set(to_tensors(unet, "omi")[0]) == {
+        f"unet.middle_block.1.proj_in.lora_{end}.weight" for end in ("up", "down")
+    }
+    with pytest.raises(ll.ConversionError, match="1 places"):
+        to_tensors(Adapter({"text_encoder": {"model.layers.0.mlp.up_proj": delta}}, family="z-image"), "omi")
 
 
 @pytest.mark.parametrize("suffix", [".scale.diff", ".diff"])

@@ -1,5 +1,6 @@
 """A family from outside the package: one table, and no other line."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +158,73 @@ def test_its_file_loads_into_what_is_attached_to(target: type, file: Path) -> No
         layer = model.get_submodule(path)
         torch.testing.assert_close(layer.weight.detach(), before[f"{path}.weight"] + change, msg=path)
     assert ll.plan(target(), file, families=FAMILIES).unmatched == {}
+
+
+@pytest.fixture
+def tuned(file: Path) -> tuple[YoursTransformer, YoursTransformer]:
+    """A model, and the same with the file's change fused in."""
+    torch.manual_seed(1)
+    base, tuned = YoursTransformer(), YoursTransformer()
+    tuned.load_state_dict(base.state_dict())
+    live = ll.attach(tuned)
+    live.load_lora_adapter(file, families=FAMILIES)
+    live.fuse_lora()
+    return base, tuned
+
+
+def as_published(model: YoursTransformer) -> dict[str, torch.Tensor]:
+    """The model's weights under the names of its own checkpoint."""
+    state = {key.replace(".base_layer", ""): tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    block = "blocks.0."
+    published = {f"layers.0.att.out.{end}": state[f"{block}attn.to_out.0.{end}"] for end in ("weight", "bias")}
+    for end in ("weight", "bias"):
+        published[f"img_in.{end}"] = state[f"embed.{end}"]
+        published[f"layers.0.att.qkv.{end}"] = torch.cat([state[f"{block}attn.to_{part}.{end}"] for part in "qkv"])
+        published[f"layers.0.mod.{end}"] = state[f"{block}norm.linear.{end}"].roll(8, 0)
+    return published
+
+
+@pytest.mark.parametrize("form", ["live", "file", "folder"])
+def test_its_difference_is_extracted_from_models_files_and_folders(
+    form: str, file: Path, tuned: tuple[YoursTransformer, YoursTransformer]
+) -> None:
+    sides: list[nn.Module | Path] = list(tuned)
+    if form != "live":
+        for name, model in zip(("base", "tuned"), tuned, strict=True):
+            folder = file.parent / name
+            folder.mkdir()
+            weights = as_published(model)
+            if form == "folder":  # as diffusers saves a model: its own names, and its class in a file beside them
+                weights = {key.replace(".base_layer", ""): t.detach() for key, t in model.state_dict().items()}
+                (folder / "config.json").write_text(json.dumps({"_class_name": "YoursTransformer"}))
+            safetensors.torch.save_file(
+                {k: t for k, t in weights.items() if "lora_" not in k}, folder / "m.safetensors"
+            )
+        sides = [file.parent / name / ("m.safetensors" if form == "file" else "") for name in ("base", "tuned")]
+    done = ll.extract(sides[1], sides[0], rank=2, dtype=torch.float32, families=FAMILIES)
+    assert done.adapter.family == "yours"
+    expected = changes(file)
+    found = done.adapter.deltas["transformer"]
+    assert found.keys() == expected.keys()
+    for path, change in expected.items():
+        torch.testing.assert_close(found[path].delta_weight(), change, rtol=1e-4, atol=1e-5)
+
+
+def test_its_base_weights_are_read_for_changes_that_depend_on_them(
+    file: Path, tuned: tuple[YoursTransformer, YoursTransformer]
+) -> None:
+    """IA3's gain of the outputs: ΔW = diag(w - 1) W, and a published file's modulation has its halves swapped."""
+    base, _ = tuned
+    safetensors.torch.save_file(as_published(base), file.parent / "base.safetensors")
+    gain = torch.arange(16.0).unsqueeze(1)
+    keys = {"lora_unet_layers_0_mod.weight": gain, "lora_unet_layers_0_mod.on_input": torch.tensor(False)}
+    adapter = ll.read_adapter(keys, family=YOURS, families=FAMILIES)
+    done = ll.to_full(adapter, model=file.parent / "base.safetensors", families=FAMILIES)
+    weight = base.get_submodule("blocks.0.norm.linear").get_parameter("weight").detach()
+    full = done.adapter.deltas["transformer"]["blocks.0.norm.linear"].delta_weight()
+    torch.testing.assert_close(full, gain.roll(8, 0) * weight)
+    merged = ll.merge([adapter], model=file.parent / "base.safetensors", families=FAMILIES, rank=8).adapter
+    torch.testing.assert_close(merged.deltas["transformer"]["blocks.0.norm.linear"].delta_weight(), full)
 
 
 def test_without_the_table_its_names_are_nobodys(file: Path) -> None:

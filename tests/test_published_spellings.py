@@ -5,7 +5,9 @@ Names are facts that public trackers, trainers and converters show; beside each 
 
 import pytest
 import torch
+from torch import nn
 
+import lora_loaders as ll
 from lora_loaders.conversion import parse
 from lora_loaders.files import Contents
 
@@ -162,6 +164,76 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
             "transformer.double_blocks.0.img_mod.linear": "transformer.transformer_blocks.0.norm1.linear",
         },
     ),
+    "hunyuan-video omi, OneTrainer's own names": (
+        "hunyuan-video",
+        LORA,
+        {
+            "transformer.double_blocks.0.img_mlp.fc0": "transformer.transformer_blocks.0.ff.net.0.proj",
+            "transformer.double_blocks.0.txt_attn_qkv.2": f"{BLOCK}.add_v_proj",
+            "transformer.txt_in.t_embedder.linear_1": (
+                "transformer.context_embedder.time_text_embed.timestep_embedder.linear_1"
+            ),
+            "llama.language_model.model.layers.0.self_attn.q_proj": (
+                "text_encoder.model.language_model.layers.0.self_attn.q_proj"
+            ),
+            "clip_l.text_model.encoder.layers.0.mlp.fc1": "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+        },
+    ),
+    "cascade omi": (
+        "cascade",
+        LORA,
+        {
+            "unet.down_blocks.0.2.attention.attn.in_proj.1": "prior.down_blocks.0.2.attention.to_k",
+            "clip_g.text_projection": "text_encoder.text_projection",
+        },
+    ),
+    "hidream omi": (
+        "hidream",
+        LORA,
+        {
+            "transformer.double_stream_blocks.0.block.attn1.to_k_t": (
+                "transformer.double_stream_blocks.0.block.attn1.to_k_t"
+            ),
+            "t5.encoder.block.0.layer.0.SelfAttention.q": "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+            "llama.model.layers.0.mlp.up_proj": "text_encoder_4.model.layers.0.mlp.up_proj",
+        },
+    ),
+    "anima's text conditioner under its own name": (
+        "anima",
+        PEFT,
+        {
+            "text_conditioner.blocks.0.self_attn.q_proj": "text_conditioner.blocks.0.self_attn.q_proj",
+            "transformer.transformer_blocks.0.attn1.to_q": "transformer.transformer_blocks.0.attn1.to_q",
+        },
+    ),
+    "pixart of OneTrainer, whose only encoder has no number": (
+        "pixart",
+        LORA,
+        {
+            "lora_te_encoder_block_0_layer_0_SelfAttention_q": "text_encoder.encoder.block.0.layer.0.SelfAttention.q",
+            "lora_transformer_pos_embed_proj": "transformer.pos_embed.proj",
+            "lora_transformer_adaln_single_linear": "transformer.adaln_single.linear",
+            "lora_transformer_transformer_blocks_0_attn2_to_k": "transformer.transformer_blocks.0.attn2.to_k",
+        },
+    ),
+    "sdxl under its checkpoint's names, OpenCLIP's among them": (
+        "sdxl",
+        LORA,
+        {
+            "model.diffusion_model.input_blocks.7.1.transformer_blocks.9.attn2.to_k": (
+                "unet.down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k"
+            ),
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1": (
+                "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+            ),
+            "conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_proj": (
+                "text_encoder_2.text_model.encoder.layers.3.mlp.fc2"
+            ),
+            "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj": parts(
+                "text_encoder_2.text_model.encoder.layers.3.self_attn", ("q_proj", "k_proj", "v_proj")
+            ),
+        },
+    ),
     "chroma kohya": (
         "chroma",
         LORA,
@@ -192,6 +264,26 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...] | str]]]
             "lora_prior_unet_down_blocks_0_2_attention_attn_out_proj": "prior.down_blocks.0.2.attention.to_out.0",
             "lora_prior_te_text_projection": "text_encoder.text_projection",
         },
+    ),
+    "cosmos 1": (
+        "cosmos1",
+        PEFT,
+        {
+            "net.blocks.block27.blocks.0.block.attn.to_q.0": "transformer.transformer_blocks.27.attn1.to_q",
+            "net.blocks.block0.blocks.1.block.attn.to_out.0": "transformer.transformer_blocks.0.attn2.to_out.0",
+            "net.blocks.block0.blocks.2.block.layer1": "transformer.transformer_blocks.0.ff.net.0.proj",
+            "net.blocks.block0.blocks.2.adaLN_modulation.1": "transformer.transformer_blocks.0.norm3.linear_1",
+        },
+    ),
+    "cosmos 1, flattened": (
+        "cosmos1",
+        LORA,
+        {"lora_unet_blocks_block3_blocks_1_block_attn_to_k_0": "transformer.transformer_blocks.3.attn2.to_k"},
+    ),
+    "cosmos 2": (
+        "cosmos",
+        PEFT,
+        {"net.blocks.35.cross_attn.output_proj": "transformer.transformer_blocks.35.attn2.to_out.0"},
     ),
     "anima kohya, another component by name": (
         "anima",
@@ -307,3 +399,23 @@ def test_untrained_split_modules_give_way_to_the_fused_one_that_was_trained() ->
     assert len(changes) == 3
     assert all("fused" in reason for reason in adapter.ignored.values())
     assert len(adapter.ignored) == 2
+
+
+@pytest.mark.parametrize("wrapper", ["model.", "generator.model.", "pipe.dit2.", "lora.", "model.transformer."])
+@pytest.mark.parametrize("family", [None, "flux1"])
+def test_levels_that_all_names_share_and_no_family_knows_are_left_out(wrapper: str, family: str | None) -> None:
+    paths = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.3.proj_mlp", "norm_out.linear"]
+    keys = {f"{wrapper}{path}.lora_{end}.weight": path for path in paths for end in "AB"}
+    placeholder = torch.empty(0, device="meta")
+    adapter = parse(Contents(dict.fromkeys(keys, placeholder), names_only=True), family)
+    assert dict(adapter.bound) == {key: (f"transformer.{path}",) for key, path in keys.items()}
+    assert adapter.family == "flux1"
+
+
+def test_a_live_wrapper_keeps_the_level_that_it_has() -> None:
+    wrapper = nn.ModuleDict({"model": nn.ModuleDict({"img_in": nn.Linear(8, 8), "txt_in": nn.Linear(8, 8)})})
+    tensors = {f"model.{name}.lora_{end}.weight": torch.ones(2, 8) for name in ("img_in", "txt_in") for end in "A"}
+    tensors |= {f"model.{name}.lora_B.weight": torch.ones(8, 2) for name in ("img_in", "txt_in")}
+    plan = ll.plan(wrapper, tensors)
+    assert not plan.unmatched
+    assert len(plan.matched) == 2

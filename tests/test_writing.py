@@ -598,8 +598,8 @@ def test_frame_rate_of_skyreels_is_read_by_its_original_names() -> None:
 @pytest.mark.parametrize(
     ("family", "stem", "target", "advised"),
     [
-        ("z-image", "layers.0.attention.qkv", "kohya", "(original, bfl)"),  # whose trainers split
-        ("flux1", "double_blocks.0.img_attn.qkv", "lycoris", "(kohya, original, bfl)"),
+        ("z-image", "layers.0.attention.qkv", "kohya", "(kohya-original, original, bfl)"),  # whose trainers split
+        ("flux1", "double_blocks.0.img_attn.qkv", "lycoris", "(kohya, kohya-original, original, bfl)"),
     ],
 )
 def test_the_formats_advised_for_a_part_of_a_fused_module_can_say_it(

@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.deltas import Delta, FullDelta
 from lora_loaders.deltas.base import computing
 from lora_loaders.errors import UNTOUCHED, AdapterMismatchError, ConversionError
+from lora_loaders.families import FAMILIES, Family
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
 from .goals import Goal
@@ -49,6 +50,7 @@ def extract(
     component: str | None = None,
     device: torch.device | str | None = None,
     on_module: Tick | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Approximation:
     """What a tuned model has learned, as an adapter for the model it was tuned from: ΔW = W_tuned − W_base.
 
@@ -72,6 +74,7 @@ def extract(
         component: what adapters call a lone model, if its class does not tell.
         device: where to compute.
         on_module: called with the place of each module that is done.
+        families: the families to tell apart; pass your own beside `FAMILIES` to add one.
 
     Raises:
         AdapterFileError: one of the two cannot be read as a checkpoint.
@@ -83,7 +86,8 @@ def extract(
     goal = Goal(rank, energy, error, conv_rank)
     if algebra == "lora":
         goal.require_loss()
-    new, old = (open_checkpoint(side, family=family, component=component) for side in (tuned, base))
+    options = {"family": family, "component": component}
+    new, old = (open_checkpoint(side, families=families, **options) for side in (tuned, base))
 
     def say(delta: FullDelta, place: str) -> Fitted:
         sound(delta, place)

@@ -106,7 +106,7 @@ def merge(
     check_density(density, method)
     goal = Goal(rank, energy, error)
     rule = _Rule(method, goal, density, majority, torch.Generator().manual_seed(seed), dtype)
-    checkpoint = None if model is None else open_checkpoint(model, family=adapters[0].family)
+    checkpoint = None if model is None else open_checkpoint(model, family=adapters[0].family, families=families)
     deltas: dict[str, dict[str, Delta]] = {}
     fits: dict[str, Fit] = {}
     problems: list[str] = []

@@ -68,7 +68,9 @@ def resize(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_lora(delta, goal, base.weight, dtype, base.bias)
 
-    return _changed(read_whole(source, family, families), change, "resize", settings, model, device, on_module)
+    return _changed(
+        read_whole(source, family, families), change, "resize", settings, model, device, on_module, families
+    )
 
 
 def to_full(
@@ -91,7 +93,8 @@ def to_full(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_full(delta, base.weight, dtype, base.bias)
 
-    return _changed(read_whole(source, family, families), change, "to full", {}, model, device, on_module)
+    adapter = read_whole(source, family, families)
+    return _changed(adapter, change, "to full", {}, model, device, on_module, families)
 
 
 def read_whole(source: Source, family: str | None, families: Sequence[Family]) -> Adapter:
@@ -166,8 +169,9 @@ def _changed(
     model: Weights | None,
     device: torch.device | str | None,
     on_module: Tick | None,
+    families: Sequence[Family],
 ) -> Approximation:
-    checkpoint = None if model is None else open_checkpoint(model, family=adapter.family)
+    checkpoint = None if model is None else open_checkpoint(model, family=adapter.family, families=families)
     deltas: dict[str, dict[str, Delta]] = {}
     fits: dict[str, Fit] = {}
     problems: list[str] = []

@@ -8,7 +8,7 @@ from .bria import BRIA, BRIA_FIBO, BRIA_FIBO2
 from .cascade import CASCADE, WUERSTCHEN
 from .chroma import CHROMA
 from .cogvideo import COGVIDEOX, COGVIEW3, COGVIEW4
-from .cosmos import ANIMA, COSMOS
+from .cosmos import ANIMA, COSMOS, COSMOS1
 from .ernie_image import ERNIE_IMAGE
 from .family import Family as Family
 from .family import Shape as Shape
@@ -70,6 +70,7 @@ FAMILIES: tuple[Family, ...] = (
         KREA2,
         ANIMA,
         COSMOS,
+        COSMOS1,
         MINIMAX_H3,
         IDEOGRAM4,
         ACE_STEP,

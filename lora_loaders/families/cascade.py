@@ -10,6 +10,11 @@ CHECKPOINT_ATTENTION = """
   attn.in_proj -> to_q | to_k | to_v
 """
 
+OMI_ATTENTION = """
+[down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
+  attn.in_proj.0 -> to_q ; attn.in_proj.1 -> to_k ; attn.in_proj.2 -> to_v
+"""
+
 STAGE_C = Names(
     """
 [down_blocks.{i}.{j}.attention ; up_blocks.{i}.{j}.attention]
@@ -23,6 +28,7 @@ up_upscalers.{i}.1.blocks.{j} ; clf.1
   mapper_crp ; kv_mapper.1
 """,
     trainer=CHECKPOINT_ATTENTION,
+    omi=OMI_ATTENTION,
 )
 
 STAGE_B = Names(

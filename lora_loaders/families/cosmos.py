@@ -1,13 +1,22 @@
 """Cosmos 1, 2 and 2.5, and Anima, which is Cosmos 2 with a text conditioner of its own."""
 
-from .family import Family, Shape
-from .rules import Names
-from .text_encoders import LANGUAGE_MODEL, QWEN2_5_VL
+from dataclasses import replace
 
-# Cosmos 2 and later.
+from .family import Family, Shape
+from .rules import Names, parse_rows
+from .text_encoders import LANGUAGE_MODEL, QWEN2_5_VL, T5
+
+# What all versions call alike.
+SHARED = """
+x_embedder.proj.1 -> patch_embed.proj ; t_embedder.1.** -> time_embed.t_embedder.** ; final_layer.linear -> proj_out
+"""
+POSITIONS = """
+extra_pos_embedder.pos_emb_t -> learnable_pos_embed.pos_emb_t (p)
+extra_pos_embedder.pos_emb_h -> learnable_pos_embed.pos_emb_h (p)
+extra_pos_embedder.pos_emb_w -> learnable_pos_embed.pos_emb_w (p)
+"""
 ROWS = """
-x_embedder.proj.1 -> patch_embed.proj ; t_embedder.1.** -> time_embed.t_embedder.**
-t_embedding_norm -> time_embed.norm ; final_layer.linear -> proj_out
+t_embedding_norm -> time_embed.norm
 final_layer.adaln_modulation.1 -> norm_out.linear_1 ; final_layer.adaln_modulation.2 -> norm_out.linear_2
 [blocks.{i} -> transformer_blocks.{i}]
   adaln_modulation_self_attn.1 -> norm1.linear_1 ; adaln_modulation_self_attn.2 -> norm1.linear_2
@@ -17,26 +26,21 @@ final_layer.adaln_modulation.1 -> norm_out.linear_1 ; final_layer.adaln_modulati
 [blocks.{i}.self_attn -> transformer_blocks.{i}.attn1 ; blocks.{i}.cross_attn -> transformer_blocks.{i}.attn2]
   q_proj -> to_q ; k_proj -> to_k ; v_proj -> to_v ; output_proj -> to_out.0 ; q_norm -> norm_q ; k_norm -> norm_k
 """
-# Read only: LoRA files are for Cosmos 2.5.
-COSMOS1 = """
-affline_norm -> time_embed.norm (r)
-final_layer.adaLN_modulation.1 -> norm_out.linear_1 (r) ; final_layer.adaLN_modulation.2 -> norm_out.linear_2 (r)
-extra_pos_embedder.pos_emb_t -> learnable_pos_embed.pos_emb_t (p)
-extra_pos_embedder.pos_emb_h -> learnable_pos_embed.pos_emb_h (p)
-extra_pos_embedder.pos_emb_w -> learnable_pos_embed.pos_emb_w (p)
+COSMOS1_ROWS = """
+affline_norm -> time_embed.norm
+final_layer.adaLN_modulation.1 -> norm_out.linear_1 ; final_layer.adaLN_modulation.2 -> norm_out.linear_2
 [blocks.block{i} -> transformer_blocks.{i}]
-  blocks.0.adaLN_modulation.1 -> norm1.linear_1 (r) ; blocks.0.adaLN_modulation.2 -> norm1.linear_2 (r)
-  blocks.1.adaLN_modulation.1 -> norm2.linear_1 (r) ; blocks.1.adaLN_modulation.2 -> norm2.linear_2 (r)
-  blocks.2.adaLN_modulation.1 -> norm3.linear_1 (r) ; blocks.2.adaLN_modulation.2 -> norm3.linear_2 (r)
-  blocks.2.block.layer1 -> ff.net.0.proj (r) ; blocks.2.block.layer2 -> ff.net.2 (r)
+  blocks.0.adaLN_modulation.1 -> norm1.linear_1 ; blocks.0.adaLN_modulation.2 -> norm1.linear_2
+  blocks.1.adaLN_modulation.1 -> norm2.linear_1 ; blocks.1.adaLN_modulation.2 -> norm2.linear_2
+  blocks.2.adaLN_modulation.1 -> norm3.linear_1 ; blocks.2.adaLN_modulation.2 -> norm3.linear_2
+  blocks.2.block.layer1 -> ff.net.0.proj ; blocks.2.block.layer2 -> ff.net.2
 [blocks.block{i}.blocks.0.block.attn -> transformer_blocks.{i}.attn1]
 [blocks.block{i}.blocks.1.block.attn -> transformer_blocks.{i}.attn2]
-  to_q.0 -> to_q (r) ; to_k.0 -> to_k (r) ; to_v.0 -> to_v (r) ; to_out.0 -> to_out.0 (r)
-  to_q.1 -> norm_q (r) ; to_k.1 -> norm_k (r)
+  to_q.0 -> to_q ; to_k.0 -> to_k ; to_v.0 -> to_v ; to_out.0 -> to_out.0 ; to_q.1 -> norm_q ; to_k.1 -> norm_k
 """
 
 TRANSFORMER = Names(
-    ROWS + COSMOS1,
+    SHARED + POSITIONS + ROWS,
     same="""
 time_embed.t_embedder.linear_1 ; time_embed.t_embedder.linear_2 ; crossattn_proj.0 ; img_context_proj.0
 [transformer_blocks.{i}]
@@ -54,8 +58,18 @@ time_embed.t_embedder.linear_1 ; time_embed.t_embedder.linear_2 ; crossattn_proj
     ),
 )
 
+# Small models of all versions have the first's class and settings, so Cosmos 2's names are read for this one too.
+COSMOS1_TRANSFORMER = Names(
+    SHARED + POSITIONS + COSMOS1_ROWS,
+    same="""
+time_embed.t_embedder.linear_1 ; time_embed.t_embedder.linear_2
+""",
+    extra=[replace(rule, written=False) for rule in parse_rows(ROWS)],
+    absent=("learnable_pos_embed.**",),
+)
+
 ANIMA_TRANSFORMER = Names(
-    ROWS + "llm_adapter.** -> @text_conditioner.**",
+    SHARED + ROWS + "llm_adapter.** -> @text_conditioner.**",
     same="""
 time_embed.t_embedder.linear_1 ; time_embed.t_embedder.linear_2
 """,
@@ -92,10 +106,24 @@ COSMOS = Family(
     model_classes=("CosmosTransformer3DModel",),
     depths={"transformer_blocks": (28, 36)},
     shapes=(
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048)),
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096)),
-        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (5120, 5120)),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2048, 2048), blocks=28),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (5120, 5120), blocks=36),
         Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (None, 1024)),
     ),
     encoders={"text_encoder": "qwen25_7b"},
+)
+
+COSMOS1 = Family(
+    name="cosmos1",
+    components={"transformer": COSMOS1_TRANSFORMER, "text_encoder": T5},
+    model_classes=("CosmosTransformer3DModel",),
+    depths={"transformer_blocks": (28, 36)},
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (4096, 4096), blocks=28),
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (5120, 5120), blocks=36),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (None, 1024)),
+    ),
+    config_facts={"extra_pos_embed_type": "learnable"},
+    extends="cosmos",
+    encoders={"text_encoder": "t5xxl"},
 )

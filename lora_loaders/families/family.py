@@ -1,14 +1,22 @@
 """What one model family is: names for each component, and the few facts that tell it from its neighbours."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from typing import Literal
 
 from .rules import HOLE, NUMBER, Names, flatten
+from .text_encoders import READ_BY, WIDTHS
 
+FEED_FORWARDS = tuple(f".{name}" for name in ("ff.net.0.proj", "ffn.net.0.proj", "ff.linear_in", "ff.linear_1"))
+ENCODER = re.compile(r"te\d|text_encoder|encoder:")
 VALUES = re.compile(r"(?<=\.to_)v$|(?<=\.add_)v(?=_proj$)")
+
+
+def means_encoder(hint: str) -> bool:
+    """Whether what a prefix names is a text encoder: `te2`, `encoder:clip_l`, `text_encoder`."""
+    return ENCODER.match(hint) is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Family:
         """Name of the component that `lora_unet_` and `diffusion_model.` mean."""
         return next(iter(self.components))
 
-    @property
+    @cached_property
     def text_encoders(self) -> tuple[str, ...]:
         """The components that encode text, in the pipeline's order."""
         return tuple(component for component in self.components if component.startswith("text_encoder"))
@@ -99,7 +107,7 @@ class Family:
             return (self.denoiser,)
         if hint == "":
             return tuple(self.components)
-        if not hint.startswith(("te", "encoder:")):
+        if not means_encoder(hint):
             return ()
         # Trainers disagree on the numbers (te2 is CLIP-G or T5), so every other encoder may still fit by its names.
         likely = self.encoder_meant(hint)
@@ -133,19 +141,28 @@ class Family:
     def known_shapes(self, component: str, path: str) -> list[Shape]:
         """The published weights of this path."""
         flat = flatten(VALUES.sub("k", path))
-        rows = _shape_index(self.shapes).get((component, NUMBER.sub("#", flat)), ())
+        rows = self._shape_rows.get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
 
+    def _feed_forwards(self) -> Iterator[Shape]:
+        """Of the blocks whose attention's width is told, what that says of their feed-forward's inputs."""
+        stated = {shape.path for shape in self.shapes}
+        for shape in self.shapes:
+            if not shape.path.endswith(".to_q"):
+                continue
+            block = shape.path.rsplit(".", 2)[0]
+            for path in self.components[shape.component].modules:
+                if path.startswith(f"{block}.") and path.endswith(FEED_FORWARDS) and path not in stated:
+                    yield Shape(shape.component, path, (None, shape.sizes[1]), shape.blocks)
 
-_ShapeRow = tuple[re.Pattern[str], Shape]
-
-
-@lru_cache
-def _shape_index(shapes: tuple[Shape, ...]) -> dict[tuple[str, str], list[_ShapeRow]]:
-    index: dict[tuple[str, str], list[_ShapeRow]] = {}
-    for shape in shapes:
-        flat = flatten(shape.path)
-        pattern = re.compile(HOLE.sub(r"\\d+", flat))
-        key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
-        index.setdefault(key, []).append((pattern, shape))
-    return index
+    @cached_property
+    def _shape_rows(self) -> Mapping[tuple[str, str], list[tuple[re.Pattern[str], Shape]]]:
+        widths = {component: WIDTHS[name] for component, name in self.encoders.items() if name in WIDTHS}
+        encoders = [Shape(component, path, (None, width)) for component, width in widths.items() for path in READ_BY]
+        index: dict[tuple[str, str], list[tuple[re.Pattern[str], Shape]]] = {}
+        for shape in (*self.shapes, *self._feed_forwards(), *encoders):
+            flat = flatten(shape.path)
+            pattern = re.compile(HOLE.sub(r"\\d+", flat))
+            key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))
+            index.setdefault(key, []).append((pattern, shape))
+        return index

@@ -45,6 +45,24 @@ PUBLISHED = """
   img_attn_q_norm -> attn.norm_q ; img_attn_k_norm -> attn.norm_k
   txt_attn_q_norm -> attn.norm_added_q ; txt_attn_k_norm -> attn.norm_added_k
 """
+# OneTrainer's, as published but for a few of its own.
+OMI = """
+[txt_in -> context_embedder.time_text_embed]
+  t_embedder.linear_1 -> timestep_embedder.linear_1 ; t_embedder.linear_2 -> timestep_embedder.linear_2
+  c_embedder.linear_1 -> text_embedder.linear_1 ; c_embedder.linear_2 -> text_embedder.linear_2
+[txt_in.individual_token_refiner.blocks.{i} -> context_embedder.token_refiner.refiner_blocks.{i}]
+  self_attn_qkv.0 -> attn.to_q ; self_attn_qkv.1 -> attn.to_k ; self_attn_qkv.2 -> attn.to_v
+  self_attn_proj -> attn.to_out.0 ; mlp.fc0 -> ff.net.0.proj ; mlp.fc2 -> ff.net.2
+[double_blocks.{i} -> transformer_blocks.{i}]
+  img_attn_qkv.0 -> attn.to_q ; img_attn_qkv.1 -> attn.to_k ; img_attn_qkv.2 -> attn.to_v
+  txt_attn_qkv.0 -> attn.add_q_proj ; txt_attn_qkv.1 -> attn.add_k_proj ; txt_attn_qkv.2 -> attn.add_v_proj
+  img_attn_proj -> attn.to_out.0 ; txt_attn_proj -> attn.to_add_out
+  img_mod.linear -> norm1.linear ; txt_mod.linear -> norm1_context.linear
+  img_mlp.fc0 -> ff.net.0.proj ; img_mlp.fc2 -> ff.net.2
+  txt_mlp.fc0 -> ff_context.net.0.proj ; txt_mlp.fc2 -> ff_context.net.2
+[single_blocks.{i} -> single_transformer_blocks.{i}]
+  modulation.linear -> norm.linear
+"""
 SINGLE = """
 [single_blocks.{i} -> single_transformer_blocks.{i}]
   linear1 -> attn.to_q | attn.to_k | attn.to_v | proj_mlp:4 ; linear2 -> proj_out
@@ -106,6 +124,7 @@ IMAGE_MEAN = embedder("time_r_in", "time_guidance_embed.timestep_embedder_r")
 TRANSFORMER = Names(
     TIME[0] + GUIDANCE[0] + VIDEO + ROWS + SINGLE,
     trainer=TIME[1] + GUIDANCE[1] + PUBLISHED + PUBLISHED_FUSED,
+    omi=TIME[1] + GUIDANCE[1] + OMI,
     same="""
 clean_x_embedder.proj ; clean_x_embedder.proj_2x ; clean_x_embedder.proj_4x ; image_projection.up
 image_projection.down

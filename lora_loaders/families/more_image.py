@@ -38,7 +38,10 @@ LONGCAT_IMAGE = Family(
     components={"transformer": LONGCAT_IMAGE_TRANSFORMER, "text_encoder": QWEN2_5_VL},
     model_classes=("LongCatImageTransformer2DModel",),
     depths={"transformer_blocks": (10,), "single_transformer_blocks": (20,)},
-    shapes=(Shape("transformer", "context_embedder", (3072, 3584)),),
+    shapes=(
+        Shape("transformer", "context_embedder", (3072, 3584)),
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+    ),
 )
 
 OVIS_IMAGE_TRANSFORMER = Names(
@@ -59,7 +62,10 @@ OVIS_IMAGE = Family(
     components={"transformer": OVIS_IMAGE_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("OvisImageTransformer2DModel",),
     depths={"transformer_blocks": (6,), "single_transformer_blocks": (27,)},
-    shapes=(Shape("transformer", "context_embedder", (3072, 2048)),),
+    shapes=(
+        Shape("transformer", "context_embedder", (3072, 2048)),
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+    ),
 )
 
 GLM_IMAGE_TRANSFORMER = Names(

@@ -4,7 +4,7 @@
     img_mod.linear, img_mod.lin -> norm1.linear            two spellings of one source; the first is written
     linear1 -> attn.to_q | attn.to_k | proj_mlp:4          split of the rows; `:4` is this part's share of them
     final_layer.adaLN_modulation.1 -> norm_out.linear ~    the two halves of the rows change places
-    context.adaLN -> norm1_context.linear ~last            … in the last block only
+    context.adaLN -> norm1_context.linear ~last            … in the last block only, whose rows are two an input
     modulation -> scale_shift_table (p)                    a raw parameter, not a module
     img_attn_qkv -> attn.to_q | attn.to_k | attn.to_v (r)  read, never written: another row says what to write
     mod_y -> norm1_context.linear_1 (last)                 in the last block only; another row is for the others
@@ -172,7 +172,7 @@ class Names:
         trainer: rows of the names that kohya's trainers flatten, where the checkpoint that they read has others.
         xlabs: rows of the XLabs trainers' names.
         diffsynth: rows of the names of DiffSynth's own model class, read only.
-        omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's rows.
+        omi: rows of the OMI (OneTrainer) names; those of fused modules' parts follow from the original's, if not given.
         extra: rules made by code, for the families whose block numbering needs arithmetic.
         optional_prefixes: leading path parts that some versions of the model class have and others have not.
         fuses: whether diffusers' own names for fused projections are read, which are cut evenly where no row says else.
@@ -197,8 +197,10 @@ class Names:
     ) -> None:
         rules = (*parse_rows(original), *parse_rows(same, None), *extra, *parse_rows(trainer, "trainer"))
         rules = (*rules, *parse_rows(xlabs, "xlabs"), *parse_rows(diffsynth, "diffsynth"))
-        numbered = (part for rule in rules for part in _numbered(rule))
-        self.rules = (*rules, *parse_rows(omi, "omi"), *numbered, *(_fused(rules) if fuses else ()))
+        own = tuple(parse_rows(omi, "omi"))
+        given = {flatten(rule.source) for rule in own}
+        numbered = (part for rule in rules for part in _numbered(rule) if flatten(part.source) not in given)
+        self.rules = (*rules, *own, *numbered, *(_fused(rules) if fuses else ()))
         self.optional_prefixes = optional_prefixes
         self.absent = absent
         self.aside = aside
@@ -211,6 +213,20 @@ class Names:
         """Every diffusers template, once, wildcards left out."""
         own = (target for rule in self.rules if rule.component is None for target in rule.targets)
         return tuple(dict.fromkeys(target for target in own if not target.endswith("**")))
+
+    @cached_property
+    def _containers(self) -> Mapping[str, tuple[str, ...]]:
+        spoken = {name for rule in self.rules for name in (rule.source, *rule.targets) if not name.endswith("**")}
+        held: dict[str, dict[str, None]] = {}
+        for parts in (name.split(".") for name in sorted(spoken)):
+            for depth in range(1, len(parts)):
+                above = NUMBER.sub("#", flatten(HOLE.sub("#", ".".join(parts[:depth]))))
+                held.setdefault(above, {})[parts[depth]] = None
+        return {above: tuple(children) for above, children in held.items()}
+
+    def held_by(self, name: str) -> tuple[str, ...]:
+        """What a container of this name holds, which has no weight of its own."""
+        return self._containers.get(NUMBER.sub("#", flatten(name)), ())
 
     @cached_property
     def _sources(self) -> Mapping[str, list["_Template"]]:
@@ -301,6 +317,10 @@ class Names:
         flat = NUMBER.sub("#", flatten(path))
         holes = (NUMBER.sub("#", HOLE.sub("#", flatten(template))) for template in templates)
         return any(flat == hole or (hole.endswith("**") and flat.startswith(hole[:-2])) for hole in holes)
+
+    def has(self, dialect: Dialect) -> bool:
+        """Whether there are rows of this dialect."""
+        return any(rule.dialect == dialect for rule in self.rules)
 
     def writing(self, dialect: Dialect) -> "Writing":
         """The same table, read from diffusers names to those of a dialect."""

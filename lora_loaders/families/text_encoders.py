@@ -1,13 +1,50 @@
 """Names of the text encoders that pipelines share; trainers write them as transformers has them."""
 
+from collections.abc import Mapping
+
 from .rules import Names
+
+ATTENTION_INPUTS = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
+DECODER_INPUTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
+DECODERS = ("model", "model.language_model")
+
+# ComfyUI's name of an encoder -> its width, which is that of the inputs of the modules below.
+WIDTHS: Mapping[str, int] = {
+    "clip_l": 768,
+    "clip_h": 1024,
+    "clip_g": 1280,
+    "t5xxl": 4096,
+    "umt5xxl": 4096,
+    "pile_t5xl": 2048,
+    "byt5_small": 1472,
+    "llama": 4096,
+    "mistral3_24b": 5120,
+    "gemma2_2b": 2304,
+    "gemma3_12b": 3840,
+    "qwen25_7b": 3584,
+    "qwen3_06b": 1024,
+    "qwen3_4b": 2560,
+}
+READ_BY = (
+    *(f"text_model.encoder.layers.{{i}}.{name}" for name in (*ATTENTION_INPUTS, "mlp.fc1")),
+    *(f"encoder.block.{{i}}.layer.0.SelfAttention.{name}" for name in "qkv"),
+    *(f"encoder.block.{{i}}.layer.1.DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1")),
+    *(f"{level}.layers.{{i}}.{name}" for level in DECODERS for name in (*ATTENTION_INPUTS, *DECODER_INPUTS)),
+)
+"""Modules whose inputs are as wide as their encoder."""
 
 # transformers 5.6 dropped the `text_model.` level of CLIPTextModel and kept it in CLIPTextModelWithProjection.
 CLIP = Names(
-    # 2023's diffusers called the attention's projections as in the UNet.
     """
+# 2023's diffusers called the attention's projections as in the UNet.
 [text_model.encoder.layers.{i}.self_attn]
   to_q -> q_proj (r) ; to_k -> k_proj (r) ; to_v -> v_proj (r) ; to_out -> out_proj (r)
+# OpenCLIP's, in the checkpoints of Stable Diffusion 2 and XL.
+ln_final -> text_model.final_layer_norm (r) ; token_embedding -> text_model.embeddings.token_embedding (r)
+positional_embedding -> text_model.embeddings.position_embedding (r)
+[transformer.resblocks.{i} -> text_model.encoder.layers.{i}]
+  attn.in_proj -> self_attn.q_proj | self_attn.k_proj | self_attn.v_proj (r) ; attn.out_proj -> self_attn.out_proj (r)
+  mlp.c_fc -> mlp.fc1 (r) ; mlp.c_proj -> mlp.fc2 (r) ; ln_1 -> layer_norm1 (r) ; ln_2 -> layer_norm2 (r)
 """,
     same="""
 text_model.embeddings.token_embedding ; text_model.embeddings.position_embedding ; text_model.final_layer_norm
@@ -43,19 +80,34 @@ lm_head ; model.embed_tokens ; model.norm
 [model.layers.{{i}}]
 {DECODER_LAYER}
 """,
+    # sd-scripts trains the bare one.
+    trainer=f"""
+[layers.{{i}} -> model.layers.{{i}}]
+{DECODER_LAYER}
+""",
     optional_prefixes=("model.",),
 )
+
+
+def _read_only(rows: str) -> str:
+    return "\n".join(
+        "  " + " ; ".join(f"{row.strip()} (r)" for row in line.split(";")) for line in rows.split("\n  ")[1:]
+    )
+
+
 VISION_LANGUAGE_ROWS = f"""
 lm_head ; model.language_model.embed_tokens ; model.language_model.norm
 [model.language_model.layers.{{i}}]
 {DECODER_LAYER}
 """
 
-# As their checkpoints, and ComfyUI after them, call the language half.
+# As their checkpoints, and ComfyUI after them, call the language half; and as transformers did before 4.52.
 VISION_LANGUAGE_ORIGINAL = f"""
 model.embed_tokens -> model.language_model.embed_tokens ; model.norm -> model.language_model.norm
 [model.layers.{{i}} -> model.language_model.layers.{{i}}]
 {DECODER_LAYER}
+[language_model.model.layers.{{i}} -> model.language_model.layers.{{i}}]
+{_read_only(DECODER_LAYER)}
 """
 QWEN2_5_TOWER = """
   attn.qkv ; attn.proj ; mlp.gate_proj ; mlp.up_proj ; mlp.down_proj ; norm1 ; norm2

@@ -13,12 +13,17 @@ from .grammar import RawModule as RawModule
 from .grammar import is_embedding as is_embedding
 from .indexed import INDEXED, is_indexed, read_indexed
 from .indexed import adapted_classes as adapted_classes
-from .kohya import KOHYA, LYCORIS, ONETRAINER
+from .kohya import KOHYA as KOHYA
+from .kohya import KOHYA_DIFFUSERS, KOHYA_ORIGINAL, LYCORIS, ONETRAINER
 from .original import BFL, OMI, ORIGINAL, XLABS
 
 FORMATS: tuple[Format, ...] = (
-    *(PEFT, DIFFUSERS, DIFFUSERS_OLD, KOHYA, ORIGINAL, BFL, XLABS, ONETRAINER, LYCORIS, OMI, INDEXED),
+    *(PEFT, DIFFUSERS, DIFFUSERS_OLD, KOHYA, KOHYA_ORIGINAL, KOHYA_DIFFUSERS, ORIGINAL, BFL, XLABS),
+    *(ONETRAINER, LYCORIS, OMI, INDEXED),
 )
+
+KOHYAS = (KOHYA.name, KOHYA_ORIGINAL.name, KOHYA_DIFFUSERS.name)
+"""Those that kohya's trainers and their readers know by the same prefix, suffixes and header."""
 
 
 def format_named(name: str) -> Format:

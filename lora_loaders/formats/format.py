@@ -28,6 +28,7 @@ class Format:
         slots: suffixes that differ from the style's.
         core_style: suffixes of a module with a Tucker core, which ComfyUI looks for beside kohya's factors alone.
         tells_shape: whether `reshape_weight` says that an input is widened, as ComfyUI has to be told.
+        encoders: its words for ComfyUI's names of text encoders, where it has others, or words for some of them alone.
         prefixes: prefixes by which it is known when read, "" for none at all.
     """
 
@@ -44,3 +45,4 @@ class Format:
     magnitude: Literal["any", "out"] = "any"
     core_style: Style | None = None
     tells_shape: bool = False
+    encoders: Mapping[str, str] | None = None

@@ -142,9 +142,15 @@ PREFIXES: Mapping[str, str] = {
     **{f"text_encoder_{n}.": f"text_encoder_{n}" for n in (2, 3, 4)},
     "lora_text_encoder_": "te1",
     **{f"lora_text_encoder_{n}_": f"te{n}" for n in (2, 3, 4)},
+    # Where checkpoints of Stable Diffusion keep their encoders, transformers' ones and OpenCLIP's.
+    "conditioner.embedders.0.transformer.": "te1",
+    "conditioner.embedders.1.model.": "te2",
+    "cond_stage_model.transformer.": "te1",
+    "cond_stage_model.model.": "te1",
     "clip_l.": "encoder:clip_l",
     "clip_g.": "encoder:clip_g",
     "t5.": "encoder:t5xxl",
+    "llama.": "encoder:llama",
 }
 # ComfyUI's, of any encoder.
 ENCODER_PREFIX = re.compile(r"text_encoders\.(\w+)\.transformer\.")

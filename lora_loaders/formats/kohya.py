@@ -1,5 +1,7 @@
 """kohya sd-scripts, musubi-tuner and LyCORIS: flattened names with `lora_unet_` and `lora_te_` before them."""
 
+from dataclasses import replace
+
 from .format import Format
 
 KOHYA = Format(
@@ -12,6 +14,9 @@ KOHYA = Format(
     flat=True,
     tells_shape=True,
 )
+# The same with names that are the other kind in some families; ComfyUI reads the original's in all of them.
+KOHYA_ORIGINAL = replace(KOHYA, name="kohya-original", names="original", prefixes=())
+KOHYA_DIFFUSERS = replace(KOHYA, name="kohya-diffusers", names="diffusers", prefixes=())
 ONETRAINER = Format(
     name="onetrainer",
     style="kohya",

@@ -23,13 +23,15 @@ BFL = Format(
     prefixes=("",),
     slots={"magnitude": ".dora_scale", "set_weight": ".scale"},
 )
+# OneTrainer's, which puts diffusers' name of the denoiser before the original's names of its modules.
 OMI = Format(
     name="omi",
     style="kohya",
     names="omi",
-    denoiser="diffusion_model.",
+    denoiser="{component}.",
     text_encoder="{encoder}.",
     prefixes=(),
+    encoders={"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "llama": "llama"},
 )
 XLABS = Format(
     name="xlabs",

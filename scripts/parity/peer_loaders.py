@@ -543,12 +543,10 @@ NO_SWAP = "ComfyUI swaps the halves of what it adds, not those of the weight tha
 NO_SHAPE = "ComfyUI wants `reshape_weight`, which diffusers' own loader does not know"
 NO_MAP = "ComfyUI's map from diffusers' names lacks Flux.2's guidance and its modulations"
 NO_CONV1D = "ComfyUI lines up w1 and w2 for two kernel axes alone"
-COSMOS_NAMES = "diffusers has one class for Cosmos 1 and 2, and so one set of names; Cosmos 2's are written"
 MUSUBI = "musubi-tuner's names, of which ComfyUI knows a part (musubi converts them); it reads `original` whole"
 CLIP_LINEARS = "ComfyUI's map of CLIP has the projections of its layers alone under these names"
 SPLIT_NAMES = "diffusers|peft|onetrainer|lycoris"
 EXPLAINED: tuple[tuple[str, str, str, str, str], ...] = (
-    ("ComfyUI", "Cosmos 1", ".*", ".*", COSMOS_NAMES),
     ("ComfyUI", "(Hunyuan(Video|Image)|Z-Image).*", "kohya", ".*", MUSUBI),
     ("ComfyUI", r"[\w-]+: .*clip.*", "kohya|diffusers|onetrainer", "norm difference", CLIP_LINEARS),
     ("ComfyUI", "sdxl: .*", "diffusers", ".*", CLIP_LINEARS),

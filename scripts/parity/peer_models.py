@@ -331,7 +331,7 @@ COMFYUI: tuple[PeerModel, ...] = (
     PeerModel("HunyuanVideo 1.5", "hunyuan-video-1.5", "HunyuanVideo15", HUNYUAN15),
     PeerModel("HunyuanImage 2.1", "hunyuan-image", "HunyuanImage21", {**HUNYUAN, "byt5": True, "vec_in_dim": None,
               "patch_size": [2, 2], "axes_dim": [16, 16]}),
-    PeerModel("Cosmos 1", "cosmos", "CosmosT2V", COSMOS1),
+    PeerModel("Cosmos 1", "cosmos1", "CosmosT2V", COSMOS1),
     PeerModel("Cosmos 2", "cosmos", "CosmosT2IPredict2", PREDICT2),
     PeerModel("Anima", "anima", "Anima", {**PREDICT2, "image_model": "anima", "crossattn_emb_channels": 1024}),
     PeerModel("Lumina 2", "lumina2", "Lumina2", LUMINA),

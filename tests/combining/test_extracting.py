@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_loaders as ll
+from lora_loaders.checkpoints import open_checkpoint
+from lora_loaders.combining.resizing import read_at
 from lora_loaders.families.rules import flatten
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -111,6 +114,44 @@ def test_what_was_added_is_found_in_every_form_of_a_model(
     path = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "kohya")
     for part, module, delta in ll.read_adapter(path).modules():
         torch.testing.assert_close(delta.delta_weight(), change(module), rtol=1e-3, atol=1e-3, msg=part)
+
+
+@pytest.mark.parametrize(
+    ("family", "component", "prefix"),
+    [
+        ("sdxl", "text_encoder_2", "conditioner.embedders.1.model."),
+        ("sd2", "text_encoder", "cond_stage_model.model."),
+    ],
+)
+def test_open_clips_names_in_a_checkpoint_are_those_that_diffusers_converts_them_to(
+    family: str, component: str, prefix: str, tmp_path: Path
+) -> None:
+    generator, width = torch.Generator().manual_seed(0), 8
+    checkpoint = {f"{prefix}positional_embedding": torch.randn(4, width, generator=generator)}
+    checkpoint[f"{prefix}token_embedding.weight"] = torch.randn(5, width, generator=generator)
+    sizes = {"attn.in_proj_": (3 * width, width), "attn.out_proj.": (width, width)}
+    sizes |= {"mlp.c_fc.": (32, width), "mlp.c_proj.": (width, 32), "ln_1.": (width,), "ln_2.": (width,)}
+    for end in ("weight", "bias"):
+        checkpoint[f"{prefix}ln_final.{end}"] = torch.randn(width, generator=generator)
+        for layer in range(2):
+            for name, size in sizes.items():
+                shape = size if end == "weight" else size[:1]
+                key = f"{prefix}transformer.resblocks.{layer}.{name}{end}"
+                checkpoint[key] = torch.randn(shape, generator=generator)
+    checkpoint[f"{prefix}text_projection"] = torch.randn(width, width, generator=generator)
+    unet = {"model.diffusion_model.middle_block.1.proj_in.weight": torch.randn(width, width)}
+    save_file(checkpoint | unet, tmp_path / "sd.safetensors")
+    expected = convert_open_clip_checkpoint(None, dict(checkpoint), prefix=prefix)
+    read = open_checkpoint(tmp_path / "sd.safetensors", family=family)
+    assert not read.weights.unresolved
+    found = {
+        f"{path}.{'weight' if slot == 'diff' else 'bias'}": tensor
+        for path, delta in read.weights.deltas[component].items()
+        for slot, tensor in delta.tensors().items()
+    }
+    expected.pop("text_projection.weight", None)  # lies the other way round, and is left out
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(read_at(tensor, None), expected[key]) for key, tensor in found.items())
 
 
 def test_a_fused_projection_is_found_in_its_parts(tmp_path: Path) -> None:

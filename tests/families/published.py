@@ -155,13 +155,18 @@ MORE: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
         {"per_modality_projections": True, "video_gated_attn": True, "audio_gated_attn": True, "proj_bias": True},
     ),
     ("z-image-omni", "z-image", "transformer", "ZImageTransformer2DModel", {"siglip_feat_dim": 1152}),
-    ("cosmos1", "cosmos", "transformer", "CosmosTransformer3DModel", {}),
+    ("cosmos1", "cosmos1", "transformer", "CosmosTransformer3DModel", {}),
     (
         "cosmos2.5",
         "cosmos",
         "transformer",
         "CosmosTransformer3DModel",
-        {"use_crossattn_projection": True, "img_context_dim_in": 1152, "extra_pos_embed_type": None},
+        {
+            "num_attention_heads": 16,
+            "use_crossattn_projection": True,
+            "img_context_dim_in": 1152,
+            "extra_pos_embed_type": None,
+        },
     ),
     (
         "pixart-sigma",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import swap_scale_shift
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -22,7 +23,7 @@ from lora_loaders.files import Contents
 from lora_loaders.writing import to_tensors
 
 UNIT, RANK = 4, 2
-SPELLINGS = ("diffusers", "kohya", "original", "omi", "onetrainer")
+SPELLINGS = ("diffusers", "kohya", "kohya-original", "kohya-diffusers", "original", "omi", "onetrainer")
 # Each of these has a norm3 in diffusers; the original calls by that name what diffusers calls norm2.
 NORM3 = {
     ("wan", "blocks.{i}.norm3"): WanTransformerBlock,
@@ -105,9 +106,10 @@ def test_text_encoders_are_read_as_what_was_written(family: Family, spelling: st
         assert_reads_as(adapter, *to_tensors(adapter, spelling)[:2])
 
 
+@pytest.mark.parametrize("names", ["kohya", "kohya-original", "kohya-diffusers"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family) -> None:
-    home, metadata, _ = to_tensors(denoiser_of(family), "kohya")
+def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family, names: str) -> None:
+    home, metadata, _ = to_tensors(denoiser_of(family), names)
     contents = Contents(home, metadata)
     for spelling in ("original", "peft", "diffusers", "kohya"):
         tensors, metadata, config = to_tensors(parse(contents, family.name), spelling)
@@ -115,6 +117,29 @@ def test_a_tour_of_the_spellings_brings_the_same_tensors_home(family: Family) ->
     assert contents.tensors.keys() == home.keys()
     changed = [key for key, tensor in home.items() if not torch.equal(tensor, contents.tensors[key])]
     assert not changed
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, "peft", "lycoris", "bfl"])
+@pytest.mark.parametrize(("blocks", "last"), [((22, 23), 23), ((36, 37), 37), ((22, 23), None), ((0,), 0)])
+def test_the_last_blocks_context_of_sd3_changes_its_halves_and_no_others(
+    blocks: tuple[int, ...], last: int | None, spelling: str
+) -> None:
+    """Of 3.5 medium, large, large's first 24 and a pruned one: two parts are its last block's, six any other's."""
+    generator = torch.Generator().manual_seed(0)
+    deltas: dict[str, LoraDelta] = {}
+    for block in blocks:
+        rows = (2 if block == last else 6) * UNIT
+        up, down = (torch.randn(size, generator=generator) for size in ((rows, RANK), (RANK, UNIT)))
+        deltas[f"transformer_blocks.{block}.norm1_context.linear"] = LoraDelta(up=up, down=down)
+    adapter = Adapter({"transformer": deltas}, family="sd3")
+    tensors, metadata, config = to_tensors(adapter, spelling)
+    again = parse(Contents(tensors, metadata, config if spelling == "peft" else None), "sd3")
+    for path, delta in deltas.items():
+        assert torch.equal(again.deltas["transformer"][path].delta_weight(), delta.delta_weight())
+        number = path.split(".")[1]
+        ups = [t for key, t in tensors.items() if number in key and key.endswith((".lora_B.weight", ".lora_up.weight"))]
+        theirs = spelling in ("kohya", "kohya-original", "original", "omi", "bfl") and path.split(".")[1] == str(last)
+        assert torch.equal(ups[0], swap_scale_shift(delta.up, dim=None) if theirs else delta.up)
 
 
 def test_a_module_that_the_original_has_no_name_for_has_no_weights() -> None:
