@@ -134,6 +134,7 @@ def _reserve(model: nn.Module, rank: int, modules: Mapping[str, nn.Module]) -> N
     active = present[0][1].active if present else ()
     installed: list[tuple[nn.Module, str, AdapterLayer]] = []
     shared.reserved = rank
+    shared.arrangements.clear()  # they leave alone what gets its slot only now
     try:
         for path in modules.keys() - dict(present).keys():
             parent, child = parent_of(model, path)
