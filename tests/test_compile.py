@@ -368,6 +368,14 @@ def test_room_in_a_compiled_model_outlasts_unloading(way: str) -> None:
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("rank", [0, -8, 2.5, "8"])
+def test_room_for_no_whole_rank_changes_nothing(rank: Any) -> None:
+    model = fresh()
+    with pytest.raises(ValueError, match="whole number"):
+        model.enable_lora_hotswap(target_rank=rank, targets="all-linear")
+    assert not adapter_layers(model)
+
+
 @pytest.mark.parametrize("targets", [["no_such"], {"vae": ["to_q"]}, {"transformer": ["to_q"], "text_encoder": ["no"]}])
 def test_targets_that_mean_nothing_change_nothing(targets: Any) -> None:
     pipe: Any = ll.attach(pipeline("flux1"))
