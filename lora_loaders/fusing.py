@@ -344,7 +344,12 @@ def _new_bias(base: nn.Module, present: Tensor | None, deltas: Terms) -> Tensor 
 
 def _restore(layers: Sequence[AdapterLayer]) -> None:
     """Put base layers of one batch back to the bit."""
-    plain = [layer for layer in layers if layer.fused.record is None and is_plain(layer.base_layer)]
+    plain: list[AdapterLayer] = []
+    for layer in layers:
+        if layer.fused.record is None and is_plain(layer.base_layer):
+            plain.append(layer)
+        elif layer.fused.checksum is not None:  # it was plain when it was fused, and has been quantised since
+            raise layer.fused.refused(read_weight(layer.base_layer))
     originals = originals_of(plain) if plain else []
     weights = [read_weight(layer.base_layer) for layer in plain]
     for weight, original in zip(weights, originals, strict=True):

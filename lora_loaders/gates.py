@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from .collecting import uncollected
+from .errors import AdapterStateError
 from .layers.walks import forget, remembered
 from .layout import unwrapped
 from .offloading import in_step
@@ -84,6 +85,8 @@ class Gate:
         self._changer: int | None = None
         self._depth = 0
         self._waiting = 0
+        self._waits_in_forward = False
+        """Whether one of those waits within a forward of its own; no second one may, each would wait for the other."""
         self._scale = 1.0
         self._scaled: dict[int, list[tuple[float, bool]]] = {}
         """Thread -> the scale outside of each use of another one, and whether that use is a forward."""
@@ -119,15 +122,28 @@ class Gate:
                 self._condition.notify_all()
 
     def enter_change(self) -> None:
-        """Wait until no other thread changes the model or runs it."""
+        """Wait until no other thread changes the model or runs it.
+
+        Raises:
+            AdapterStateError: it would wait for a forward that waits for this thread's own.
+        """
         me = threading.get_ident()
         with self._condition:
             if self._changer != me:
+                is_in_forward = me in self._forwards and self._own_calls() > 0
+                if is_in_forward and self._waits_in_forward:
+                    raise AdapterStateError(
+                        "two threads change one model, each within a forward of it: they would wait for each other",
+                        mend="Change it between forwards, or in one thread.",
+                        state="Nothing was changed.",
+                    )
                 self._waiting += 1
+                self._waits_in_forward |= is_in_forward
                 try:
                     self._wait_for(lambda: self._changer is None and not self._running(self._forwards))
                 finally:
                     self._waiting -= 1
+                    self._waits_in_forward &= not is_in_forward
                     self._condition.notify_all()
                 self._changer = me
             self._depth += 1

@@ -44,12 +44,12 @@ def reserve(
             this room now, and of a later swap that finds none. "error" refuses it, "warn" says so, "ignore" does it.
 
     Raises:
-        ValueError: no positive rank, or another word for `check_compiled`.
+        ValueError: no positive whole rank, or another word for `check_compiled`.
         AdapterMismatchError: targets that mean no module, or a component that is not there.
         AdapterStateError: a model is compiled, has not this room, and `check_compiled` is "error".
     """
-    if rank <= 0:
-        raise ValueError(f"target_rank is a positive number, not {rank}")
+    if not isinstance(rank, int) or rank <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"target_rank is a positive whole number, not {rank!r}")
     if check_compiled not in ("error", "warn", "ignore"):
         raise ValueError(  # in diffusers' words, slip included: its tests match them
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
@@ -134,6 +134,7 @@ def _reserve(model: nn.Module, rank: int, modules: Mapping[str, nn.Module]) -> N
     active = present[0][1].active if present else ()
     installed: list[tuple[nn.Module, str, AdapterLayer]] = []
     shared.reserved = rank
+    shared.arrangements.clear()  # they leave alone what gets its slot only now
     try:
         for path in modules.keys() - dict(present).keys():
             parent, child = parent_of(model, path)

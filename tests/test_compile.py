@@ -344,6 +344,20 @@ def test_a_swap_that_finds_no_room_in_a_compiled_model_does_as_it_was_told(
             check(compiled, wanted((1.0, changes)))
 
 
+def test_a_switch_after_room_was_made_empties_the_slots_that_came_with_it() -> None:
+    model = fresh()
+    (one, q), (other, k) = made_for(["to_q"], RANK, 1), made_for(["to_k"], RANK, 2)
+    model.load_lora_adapter(one, adapter_name="one")
+    model.load_lora_adapter(other, adapter_name="other")
+    model.set_adapters("one")
+    model.enable_lora_hotswap(target_rank=RANK)
+    model.set_adapters("other")
+    model.set_adapters("one")
+    check(model, wanted((1.0, q)))
+    model.set_adapters("other")
+    check(model, wanted((1.0, k)))
+
+
 def test_reserved_room_changes_nothing_and_goes_with_unloading() -> None:
     model = fresh()
     before = {name: type(module) for name, module in model.named_modules()}
@@ -376,6 +390,14 @@ def test_room_in_a_compiled_model_outlasts_unloading(way: str) -> None:
         check(pipe.transformer, wanted((1.0, of_a)))
     model.unload()  # PEFT's name asks for the plain model
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("rank", [0, -8, 2.5, "8"])
+def test_room_for_no_whole_rank_changes_nothing(rank: Any) -> None:
+    model = fresh()
+    with pytest.raises(ValueError, match="whole number"):
+        model.enable_lora_hotswap(target_rank=rank, targets="all-linear")
+    assert not adapter_layers(model)
 
 
 @pytest.mark.parametrize("targets", [["no_such"], {"vae": ["to_q"]}, {"transformer": ["to_q"], "text_encoder": ["no"]}])

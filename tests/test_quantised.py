@@ -125,6 +125,18 @@ def test_adapters_stay_in_the_compute_dtype_whichever_of_cast_and_load_comes_fir
         torch.testing.assert_close(layer(x), x @ weight.t() + layer.base_layer.bias.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_is_cast_to_float8_after_fusing_is_not_taken_for_unfused() -> None:
+    model: Any = ll.attach(flux())
+    load(model)
+    fusing.fuse(model)
+    cast(model)
+    before = bytes_of(model)
+    with pytest.raises(AdapterStateError, match="changed, cast or trained since"):
+        fusing.unfuse(model)
+    assert fusing.fused_adapters(model) == {"default_0"}
+    assert same(bytes_of(model), before)
+
+
 def test_layers_that_peft_takes_for_its_own_are_cast_as_others() -> None:
     """diffusers' casting hook writes an attribute of PEFT's layers, to which ours are added for PEFT's helpers."""
     pytest.importorskip("peft.tuners.tuners_utils")

@@ -322,6 +322,24 @@ def test_a_callback_may_change_the_model_in_its_own_forward() -> None:
     assert model.early.weights == {"a": 0.5}
 
 
+def test_two_forwards_that_both_change_the_model_do_not_wait_for_each_other() -> None:
+    model = slow()
+    model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    both = threading.Barrier(2)
+
+    def change() -> None:
+        both.wait(WAIT)
+        model.set_adapters("a", 0.5)
+
+    model.between = change
+    with pytest.raises(AdapterStateError, match="wait for each other"):
+        together(*[lambda: model(torch.randn(3, 4))] * 2)
+
+    assert model.early.weights == {"a": 0.5}
+    model.between = lambda: None
+    together(lambda: model.set_adapters("a", 0.25), lambda: model(torch.randn(3, 4)))
+
+
 def test_the_gate_is_no_part_of_the_model() -> None:
     model = ll.attach(flux())
     twin = copy.deepcopy(model)
