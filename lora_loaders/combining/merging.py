@@ -23,6 +23,7 @@ from .approximating import (
     Fitted,
     as_full,
     as_lora,
+    fit_of,
     fit_of_product,
     lora_of,
     product_of,
@@ -208,10 +209,10 @@ def _merged(
     )
     summed = replace(whole[0], diff=change, bias=biases.get("bias"))
     goal = rule.goal
-    if goal.keeps_all and rule.method != "linear":
+    if goal.is_empty and rule.method != "linear":
         ranks = [part.delta.rank for part in parts]
         goal = Goal(rank=max(rank for rank in ranks if rank)) if all(ranks) else goal
-    if is_matrix and not goal.keeps_all:
+    if is_matrix and not goal.is_empty:
         return as_lora(summed, goal, dtype=dtype)
     return as_full(summed, dtype=dtype)
 
@@ -219,7 +220,11 @@ def _merged(
 def _as_is(delta: Delta, dtype: torch.dtype) -> Fitted:
     """A change that stays what it is; only its numbers may be rounded."""
     kept = delta.map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    return Fitted(kept, Fit(delta.rank, 0.0, 0.0))
+    if isinstance(delta, LoraDelta):
+        return Fitted(kept, as_lora(delta, Goal(), dtype=dtype).fit)
+    if delta.needs_base or delta.shape is None or len(delta.shape) < 2:
+        return Fitted(kept, Fit(delta.rank, 0.0, 0.0))
+    return Fitted(kept, fit_of(delta.delta_weight(), kept))
 
 
 def _side_by_side(parts: Sequence[_Part], pairs: Sequence[Pair], goal: Goal, dtype: torch.dtype) -> Fitted:
