@@ -72,6 +72,27 @@ def test_a_module_of_one_adapter_stays_in_its_algebra() -> None:
     torch.testing.assert_close(done.adapter.deltas["transformer"]["b"].delta_weight(), loha.delta_weight())
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_flattened_kernel_takes_the_others_shape_in_any_order(reverse: bool, method: Method) -> None:
+    flat, whole = CASES["loha conv"], CASES["lora conv"]
+    parts = [adapter(case.build(), "conv1") for case in (flat, whole)][:: -1 if reverse else 1]
+    made = ll.merge(parts, method=method, density=1.0, rank=24).adapter.deltas["transformer"]["conv1"]
+    assert made.shape == (24, 10, 3, 3)
+    changes = [case.expected() for case in (flat, whole)]
+    torch.testing.assert_close(made.delta_weight(), combine(changes, [1, 1], method), rtol=1e-6, atol=1e-9)
+
+
+def test_a_kernel_that_no_file_tells_asks_for_the_model() -> None:
+    flat = adapter(CASES["loha conv"].build(), "conv1")
+    with pytest.raises(ll.ConversionError, match="base model's weights"):
+        ll.merge([flat, flat])
+    model = nn.ModuleDict({"conv1": nn.Conv2d(10, 24, 3)})
+    made = ll.merge([flat, flat], model=model).adapter.deltas["transformer"]["conv1"]
+    assert made.shape == (24, 10, 3, 3)
+    torch.testing.assert_close(made.delta_weight(), 2 * CASES["loha conv"].expected())
+
+
 @pytest.mark.parametrize("name", ["lora", "loha", "lokr", "full"])
 def test_the_rounding_of_a_module_of_one_adapter_is_told(name: str) -> None:
     case = CASES[name]

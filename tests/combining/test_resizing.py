@@ -255,6 +255,45 @@ def test_modules_that_need_weights_are_all_named_and_work_with_them() -> None:
         torch.testing.assert_close(done.adapter.deltas["transformer"][path].delta_weight(), wanted)
 
 
+WRONG = {
+    "lora": LoraDelta(up=randn(9, 3), down=randn(3, 6)),
+    "full": FullDelta(diff=randn(8, 5)),
+    "dora": DoraDelta(inner=LoraDelta(up=randn(9, 3), down=randn(3, 6)), magnitude=randn(9, 1)),
+    "set": SetDelta(value=randn(9, 9)),
+    "norm": SetDelta(value=randn(8)),
+    "oft": build({"oft_blocks": randn(5, 3, 3)}, None),
+    "ia3": build({"weight": randn(7), "on_input": torch.tensor(1)}, None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_base_model_of_other_shapes_is_refused(name: str) -> None:
+    model, adapter = nn.ModuleDict({"a": nn.Linear(6, 8)}), ll.Adapter({"transformer": {"a": WRONG[name]}})
+    for make in (
+        lambda: ll.resize(adapter, rank=2, model=model),
+        lambda: ll.to_full(adapter, model=model),
+        lambda: ll.merge([adapter, adapter], rank=2, model=model),
+    ):
+        with pytest.raises(ConversionError) as refused:
+            make()
+        assert "for a weight of shape" in refused.value.problems[0]
+        assert "has (8, 6)" in refused.value.problems[0]
+
+
+def test_a_control_lora_is_made_with_the_model_that_it_widens() -> None:
+    """W with zeros for the inputs that only the adapter has, then the change."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 8)}).double()
+    lora = LoraDelta(up=randn(8, 3), down=randn(3, 12))
+    dora = DoraDelta(inner=lora, magnitude=randn(8, 1).abs())
+    padded = torch.cat([model["a"].weight.detach(), torch.zeros(8, 6, dtype=torch.float64)], 1)
+    whole = padded + lora.up @ lora.down
+    for delta, wanted in ((lora, whole - padded), (dora, dora.magnitude * whole / whole.norm(dim=1)[:, None] - padded)):
+        done = ll.to_full(ll.Adapter({"transformer": {"a": delta}}), model=model)
+        torch.testing.assert_close(done.adapter.deltas["transformer"]["a"].delta_weight(), wanted)
+        cut = ll.resize(ll.Adapter({"transformer": {"a": delta}}), rank=2, model=model)
+        assert cut.error == pytest.approx(best_error(wanted, 2), rel=1e-6)
+
+
 def test_a_replaced_norm_stays_what_it_is_without_a_model() -> None:
     """As in BFL's Control files, beside their LoRAs."""
     norm = SetDelta(value=randn(8))
