@@ -6,7 +6,7 @@ from delta_cases import CASES, COLUMNS, ROWS, Case, join, randn
 from torch import Tensor
 
 from lora_loaders.deltas import Delta, RowsDelta, build, parts_of
-from lora_loaders.errors import ConversionError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
 from lora_loaders.siblings import on_weights
 
 MAGNITUDES = {"plain": None, "dora per output": (ROWS, 1), "dora per input": (1, COLUMNS)}
@@ -218,3 +218,25 @@ def test_parts_trained_apart_are_not_stacked_where_the_algebra_cannot_say_it(nam
         part, other = pieces[0], other.split(case.sizes)[1]
     with pytest.raises(ConversionError, match=r"stacked|fused"):
         join([part, other])
+
+
+R = torch.ones
+LOHA = {"hada_w1_a": R(8, 2), "hada_w1_b": R(2, 6), "hada_w2_a": R(8, 2), "hada_w2_b": R(2, 6)}
+MALFORMED = {
+    "loha vector": LOHA | {"hada_w1_a": R(8)},
+    "loha number": LOHA | {"hada_w1_b": R(())},
+    "loha flat core": LOHA | {"hada_t1": R(2, 2, 3), "hada_t2": R(2)},
+    "lokr vector": {"lokr_w1": R(4), "lokr_w2": R(2, 3)},
+    "lokr flat core": {"lokr_w1": R(4, 2), "lokr_w2_a": R(2, 2), "lokr_w2_b": R(2, 3), "lokr_t2": R(2)},
+    "glora vector": {"a1": R(6), "a2": R(2, 6), "b1": R(8, 2), "b2": R(2, 6)},
+    "embedding vector": {"embedding_down": R(6), "embedding_up": R(2, 6)},
+    "oft rescale": {"oft_blocks": R(2, 4, 4), "rescale": R(())},
+    "ia3 flag": {"weight": R(8), "on_input": R(3)},
+    "reshape": {"down": R(2, 6), "up": R(8, 2), "reshape_weight": torch.tensor(8)},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_tensors_of_too_few_axes_are_malformed(name: str) -> None:
+    with pytest.raises(MalformedAdapterError):
+        build(MALFORMED[name], 2.0)
