@@ -235,6 +235,14 @@ MALFORMED = {
     "reshape": {"down": R(2, 6), "up": R(8, 2), "reshape_weight": torch.tensor(8)},
 }
 
+SPARSE = {"down": R(2, 6), "up": R(8, 2), "bias_values": R(1), "bias_size": torch.tensor([8, 6])}
+
+
+@pytest.mark.parametrize("place", [(8, 0), (0, 6), (-1, 0)])
+def test_a_sparse_value_outside_of_the_weight_is_malformed(place: tuple[int, int]) -> None:
+    with pytest.raises(MalformedAdapterError, match="outside"):
+        build({**SPARSE, "bias_indices": torch.tensor(place)[:, None]}, 2.0)
+
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_tensors_of_too_few_axes_are_malformed(name: str) -> None:
