@@ -20,7 +20,7 @@ from .deltas import (
     LokrDelta,
     LoraDelta,
 )
-from .errors import ConversionError
+from .errors import ConversionError, MalformedAdapterError
 
 Config = dict[str, Any]
 CORES = ("hada_t1", "hada_t2", "lokr_t2")
@@ -30,9 +30,13 @@ Named = Mapping[str, Delta]
 
 
 def by_path(config: Mapping[str, Any], pattern: str, path: str, default: str) -> float:
-    """The value that a pattern of PEFT's configuration has for this path, else the general one."""
+    """The value that a pattern of PEFT's configuration has for this path, else the general one: 8, as in PEFT."""
     entries: Mapping[str, Any] = config.get(pattern) or {}
-    return next((float(value) for key, value in entries.items() if matches(key, path)), float(config[default]))
+    general = config.get(default)
+    return next(
+        (float(value) for key, value in entries.items() if matches(key, path)),
+        8.0 if general is None else float(general),
+    )
 
 
 def matches(key: str, path: str) -> bool:
@@ -48,18 +52,27 @@ def configured(delta: Delta, config: Mapping[str, Any], path: str) -> Delta:
         if isinstance(delta, LokrDelta):
             delta = replace(delta, peft_conv1d=delta.lokr_w2 is not None and delta.lokr_w2.ndim == 3)
             if delta.rank is None:
-                return replace(delta, whole_scaling=alpha / by_path(config, "rank_pattern", path, "r"))
+                return replace(delta, whole_scaling=alpha / _rank(config, path))
         return replace(delta, alpha=alpha) if alpha else unscaled(delta)
     if isinstance(delta, InputOftDelta) and tuner == "OFT":
         return replace(
             delta,
-            neumann_terms=config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else None,
+            neumann_terms=config.get("num_cayley_neumann_terms") or 5
+            if config.get("use_cayley_neumann", True)
+            else None,
             limit=float(config.get("eps", 6e-5)) if config.get("coft") else None,
             turns_patches=True,
         )
     if isinstance(delta, GainDelta) and tuner == "IA3":
         return replace(delta, on_input=_is_feedforward(config.get("feedforward_modules") or (), path))
     return delta
+
+
+def _rank(config: Mapping[str, Any], path: str) -> float:
+    rank = by_path(config, "rank_pattern", path, "r")
+    if rank <= 0:
+        raise MalformedAdapterError(f"PEFT's configuration says a rank of {rank:g}, by which alpha is divided")
+    return rank
 
 
 def unscaled(delta: Any) -> Any:

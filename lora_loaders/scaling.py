@@ -1,9 +1,10 @@
 """Where alpha stands when no tensor holds it: the header's metadata, or PEFT's `adapter_config.json`."""
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,21 +85,57 @@ def _bad_entry(label: str, fault: str) -> MalformedAdapterError:
 
 
 def _check(config: Mapping[str, Any], label: str) -> None:
-    """Raise unless alphas are numbers and the keys of their pattern are regular expressions."""
-    pattern: Any = config.get("alpha_pattern") or {}
-    try:
-        for key, alpha in dict(pattern).items():
-            re.compile(str(key))
-            float(alpha)
-        for name in ("lora_alpha", "alpha", "r", "eps"):
-            float(config.get(name) or 0)
-    except (TypeError, ValueError, re.error) as error:
-        alpha = config.get("lora_alpha")
+    """Raise unless what is read of a configuration means something; a field that is not there or null says nothing."""
+    given = {name: config[name] for name in FIELDS.keys() & config.keys() if config[name] is not None}
+    faults = [f"{name} is {value!r}" for name, value in sorted(given.items()) if not FIELDS[name](value)]
+    if faults:
         raise MalformedAdapterError(
-            f"{label}: lora_alpha {alpha!r} with alpha_pattern {pattern!r} says no scaling ({error})",
+            f"{label}: PEFT's configuration says what it cannot mean",
+            problems=faults,
             mend="Mend the header or the adapter_config.json.",
             state=UNTOUCHED,
-        ) from error
+        )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether it gives expressions numbers."""
+    entries = dict[Any, Any](value) if isinstance(value, Mapping) else {None: None}
+    return all(_is_expression(key) and _is_number(entry) for key, entry in entries.items())
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (TypeError, re.error):
+        return False
+    return True
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in list[Any](value))
+
+
+FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("lora_alpha", "alpha", "r", "eps"), _is_number),
+    **dict.fromkeys(("alpha_pattern", "rank_pattern"), _is_pattern),
+    **dict.fromkeys(
+        ("target_modules", "feedforward_modules"), lambda value: _is_expression(value) or _are_names(value)
+    ),
+    "target_parameters": _are_names,
+    "num_cayley_neumann_terms": _is_count,
+}
+"""The fields that are read, and what each may hold."""
 
 
 def _by_component(flat: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import flux
 from torch import Tensor, nn
 
@@ -381,3 +382,51 @@ def test_diffusers_keeps_the_magnitudes_of_a_dora_with_alphas_in_the_header(tmp_
         out = theirs.get_submodule(path)(x) - theirs.get_submodule(path).base_layer.bias
     wanted = x.double() @ (weight + delta.delta_weight(weight)).T
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+MALFORMED: list[dict[str, Any]] = [
+    {"peft_type": "LOKR", "r": 0, "alpha": 4},
+    {"peft_type": "LOKR", "r": 4, "alpha": "x"},
+    {"peft_type": "LOKR", "r": 4, "alpha": float("nan")},
+    {"peft_type": "LOKR", "r": 4, "alpha": 4, "rank_pattern": {"it": "x"}},
+    {"peft_type": "LOKR", "r": 4, "alpha": 4, "rank_pattern": {"(it": 3}},
+    {"peft_type": "LOKR", "r": 4, "alpha": 4, "alpha_pattern": [1]},
+    {"peft_type": "LORA", "r": 4, "lora_alpha": float("inf")},
+    {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_parameters": 5},
+    {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_parameters": ["it.weight"], "target_modules": "(it"},
+    {"peft_type": "OFT", "num_cayley_neumann_terms": "five"},
+    {"peft_type": "OFT", "num_cayley_neumann_terms": 0},
+    {"peft_type": "IA3", "feedforward_modules": "(it"},
+    {"peft_type": "IA3", "feedforward_modules": 5},
+]
+
+
+def folder(path: Path, config: dict[str, Any]) -> Path:
+    shapes = {
+        "LOKR": {"lokr_w1": (4, 4), "lokr_w2": (5, 5)},
+        "LORA": {"lora_A.weight": (4, 20), "lora_B.weight": (20, 4)},
+        "OFT": {"oft_R": (4, 10)},
+        "IA3": {"ia3_l": (20, 1)},
+    }[config["peft_type"]]
+    tensors = {
+        f"base_model.model.transformer_blocks.0.attn.to_q.{k}": torch.randn(shape) for k, shape in shapes.items()
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("config", MALFORMED, ids=str)
+def test_a_configuration_that_means_nothing_is_malformed(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ll.MalformedAdapterError):
+        ll.read_adapter(folder(tmp_path, config), family="flux1")
+
+
+@pytest.mark.parametrize("said", [{}, {"alpha": None, "r": None}], ids=["absent", "null"])
+def test_alpha_and_rank_that_a_configuration_leaves_out_are_those_of_peft(said: dict[str, Any], tmp_path: Path) -> None:
+    config = {"peft_type": "LOKR", "alpha_pattern": {"to_q": 4}, **said}
+    delta = ll.read_adapter(folder(tmp_path, config), family="flux1").deltas["transformer"][
+        "transformer_blocks.0.attn.to_q"
+    ]
+    kept = delta.tensors()
+    torch.testing.assert_close(delta.delta_weight(), torch.kron(kept["lokr_w1"], kept["lokr_w2"]) * (4 / 8))

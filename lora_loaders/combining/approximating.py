@@ -106,7 +106,7 @@ def as_lora(
     if product is not None:
         made = lora_of(of_product(*product, goal), delta, shape, dtype, base_bias)
         return Fitted(made, fit_of_product(product, made))
-    if goal.keeps_all:
+    if goal.is_empty:
         raise ConversionError(f"{delta.kind} has no rank of its own", mend="Give rank=…, energy=… or error=….")
     change = delta.delta_weight(base_weight).reshape(shape)
     made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype, base_bias)
@@ -187,7 +187,7 @@ def shape_of(delta: Delta, base_weight: Tensor | None) -> tuple[int, ...] | None
         return None
     if base_weight is not None:
         return tuple(base_weight.shape)
-    if delta.needs_base:
+    if delta.needs_base and len(delta.shape) > 1:
         raise ConversionError(f"{delta.kind}: ΔW depends on the weight it is added to", mend=NEEDS_WEIGHTS)
     return delta.shape
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lora_loaders.errors import ConversionError
@@ -39,18 +38,25 @@ class Goal:
             raise _meaningless(f"error={self.error}: a bound is at least 0 and below 1")
 
     @property
-    def share(self) -> float | None:
-        """The share of energy to keep, None where only a rank is wanted."""
-        return self.energy if self.error is None else 1 - self.error**2
+    def loss(self) -> float | None:
+        """The share of energy that may be lost, None where only a rank is wanted."""
+        if self.error is not None:
+            return self.error**2
+        return None if self.energy is None else 1 - self.energy
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing of the rank; all of the energy is something."""
+        return self.rank is None and self.loss is None
 
     @property
     def keeps_all(self) -> bool:
         """Whether nothing may be lost."""
-        return self.rank is None and self.share in (None, 1.0)
+        return self.rank is None and not self.loss
 
     def takes(self, rank: int) -> bool:
         """Whether factors of this rank can stay as they are."""
-        return self.share in (None, 1.0) and (self.rank is None or rank <= self.rank)
+        return not self.loss and (self.rank is None or rank <= self.rank)
 
     def require_loss(self) -> None:
         """Raise unless something says how much is to be kept.
@@ -58,7 +64,7 @@ class Goal:
         Raises:
             ConversionError: nothing does.
         """
-        if self.keeps_all:
+        if self.is_empty:
             raise _meaningless("give a rank, an energy or an error")
 
     def at(self, kernel: tuple[int, ...]) -> "Goal":
@@ -66,18 +72,21 @@ class Goal:
         large = any(size > 1 for size in kernel)
         return Goal(self.conv_rank if large and self.conv_rank else self.rank, self.energy, self.error)
 
-    def choose(self, squares: Tensor, total: float) -> int:
+    def choose(self, squares: Tensor, rest: float = 0.0) -> int:
         """The rank, at least 1.
+
+        What is lost is summed from the smallest up: as a difference of what is kept from the whole it would drown in
+        the whole's own rounding, and an error of 1e-4 would become one of 9e-4.
 
         Args:
             squares: squared singular values, falling; those that are not known are left out at the end.
-            total: sum of all of them.
+            rest: sum of those that are not known.
         """
         most = min(squares.numel(), self.rank or squares.numel())
-        if self.share is None:
+        if self.loss is None:
             return most
-        kept = squares.double().cumsum(0)
-        enough = int(torch.searchsorted(kept, self.share * total)) + 1
+        lost = squares.double().flip(0).cumsum(0).flip(0) + rest  # beside each rank from 0 up
+        enough = int((lost > self.loss * float(squares.double().sum() + rest)).sum())
         return max(1, min(enough, most))
 
 

@@ -1,5 +1,6 @@
 """Several adapters as one, on ΔW: any algebras, ranks and targets, each with its weight."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -23,6 +24,7 @@ from .approximating import (
     Fitted,
     as_full,
     as_lora,
+    fit_of,
     fit_of_product,
     lora_of,
     product_of,
@@ -30,7 +32,7 @@ from .approximating import (
 )
 from .arithmetic import METHODS, Majority, Method, check_density, combine
 from .goals import Goal
-from .resizing import Base, Tick, at_hand, base_at, read_whole, sound
+from .resizing import Base, Tick, at_hand, base_at, base_for, read_whole, refuse_flat, sound
 from .truncating import Pair, of_product
 
 NOTHING = "Nothing was written."
@@ -180,19 +182,25 @@ def _merged(
     dtype = rule.dtype or _widest(parts)
     if rule.method == "linear" and len(parts) == 1 and parts[0].weight == 1 and rule.goal.keeps_all:
         return _as_is(parts[0].delta, dtype)
+    own = base_at(checkpoint, component, path, device)
+    bases = [base_for(part.delta, own) for part in parts]
+    shape = _shape(parts, bases[0], path)
     products = [product_of(part.delta) for part in parts]
     pairs = [product for product in products if product is not None]
     if rule.method == "linear" and len(pairs) == len(parts):
-        return _side_by_side(parts, pairs, rule.goal, dtype)
+        return _side_by_side(parts, pairs, shape, rule.goal, dtype)
 
     def weight(of: str) -> Tensor | None:
         return base_at(checkpoint, component, of, device).weight
 
-    base = base_at(checkpoint, component, path, device)
     bound = parts if checkpoint is None else [replace(part, delta=on_weights(part.delta, weight)) for part in parts]
-    whole = [_in_full(part, base) for part in bound]
-    biases = _bias(parts, dtype, base.bias)
-    diffs = [(full.diff, part.weight) for full, part in zip(whole, parts, strict=True) if full.diff is not None]
+    whole = [_in_full(part, base) for part, base in zip(bound, bases, strict=True)]
+    biases = _bias(parts, dtype, own.bias)
+    diffs = [
+        (_as_shaped(full.diff, shape), part.weight)
+        for full, part in zip(whole, parts, strict=True)
+        if full.diff is not None
+    ]
     if not diffs:
         return Fitted(FullDelta(bias=biases.get("bias"), norm=whole[0].norm), Fit(None, 0.0, 0.0))
     if len({tuple(diff.shape) for diff, _ in diffs}) > 1:
@@ -208,10 +216,10 @@ def _merged(
     )
     summed = replace(whole[0], diff=change, bias=biases.get("bias"))
     goal = rule.goal
-    if goal.keeps_all and rule.method != "linear":
+    if goal.is_empty and rule.method != "linear":
         ranks = [part.delta.rank for part in parts]
         goal = Goal(rank=max(rank for rank in ranks if rank)) if all(ranks) else goal
-    if is_matrix and not goal.keeps_all:
+    if is_matrix and not goal.is_empty:
         return as_lora(summed, goal, dtype=dtype)
     return as_full(summed, dtype=dtype)
 
@@ -219,12 +227,33 @@ def _merged(
 def _as_is(delta: Delta, dtype: torch.dtype) -> Fitted:
     """A change that stays what it is; only its numbers may be rounded."""
     kept = delta.map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    return Fitted(kept, Fit(delta.rank, 0.0, 0.0))
+    if isinstance(delta, LoraDelta):
+        return Fitted(kept, as_lora(delta, Goal(), dtype=dtype).fit)
+    if delta.needs_base or delta.shape is None or len(delta.shape) < 2:
+        return Fitted(kept, Fit(delta.rank, 0.0, 0.0))
+    return Fitted(kept, fit_of(delta.delta_weight(), kept))
 
 
-def _side_by_side(parts: Sequence[_Part], pairs: Sequence[Pair], goal: Goal, dtype: torch.dtype) -> Fitted:
+def _shape(parts: Sequence[_Part], base: Base, path: str) -> tuple[int, ...] | None:
+    """Shape of the weight: files that flatten a kernel do not tell it, others or the model do."""
+    if base.weight is not None:
+        return tuple(base.weight.shape)
+    shape = max((part.delta.shape for part in parts if part.delta.shape is not None), key=len, default=None)
+    if shape is not None and len(shape) == 2:
+        for part in parts:
+            refuse_flat(part.delta, path)
+    return shape
+
+
+def _as_shaped(diff: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """A difference in the weight's shape, where it is only laid out otherwise."""
+    return diff if shape is None or diff.numel() != math.prod(shape) else diff.reshape(shape)
+
+
+def _side_by_side(
+    parts: Sequence[_Part], pairs: Sequence[Pair], shape: tuple[int, ...] | None, goal: Goal, dtype: torch.dtype
+) -> Fitted:
     """Σ wᵢ upᵢ downᵢ as [w₁up₁ | w₂up₂ | …] @ [down₁ / down₂ / …]."""
-    shape = parts[0].delta.shape
     if shape is None or len({(pair.up.shape[0], pair.down.shape[1]) for pair in pairs}) > 1:
         raise ConversionError(
             f"changes of the shapes {[list(part.delta.shape or ()) for part in parts]} cannot be added"

@@ -1,5 +1,6 @@
 """A whole adapter in another algebra or of another rank, with the error of every module."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -7,12 +8,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_loaders.adapter import Adapter
 from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source, read_adapter
-from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta
+from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta, SetDelta
 from lora_loaders.errors import ConversionError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.lazy import FileTensor, form_of
@@ -145,6 +147,25 @@ def base_at(checkpoint: Checkpoint | None, component: str, path: str, device: to
     return Base(*(None if tensor is None else read_at(tensor, device) for tensor in tensors))
 
 
+def base_for(delta: Delta, base: Base) -> Base:
+    """The module's own, a weight with zeros for inputs that only the change has (Control LoRAs).
+
+    Raises:
+        ConversionError: the change is for a weight of another shape.
+    """
+    shape, weight = delta.shape, base.weight
+    if shape is None or weight is None or delta.fits(weight.shape):
+        return base
+    if -1 not in shape and weight.numel() == math.prod(shape) and (isinstance(delta, SetDelta) or not delta.needs_base):
+        return base  # parameters that publishers lay out otherwise
+    if len(shape) == weight.ndim == 2 and shape[0] == weight.shape[0] and shape[1] > weight.shape[1]:
+        return base._replace(weight=F.pad(weight, (0, shape[1] - weight.shape[1])))
+    raise ConversionError(
+        f"the change is for a weight of shape {shape}, the base model's has {tuple(weight.shape)}",
+        mend="Is it the model that the adapter was made for?",
+    )
+
+
 def sound(delta: Delta, place: str | None = None) -> Delta:
     """The delta, if all of its numbers are; `place` names its module in the error.
 
@@ -210,17 +231,22 @@ def _made(
         return base_at(checkpoint, component, of, device).weight
 
     own = sound(at_hand(delta, device))
-    if checkpoint is None and _may_be_flat(own, path):
-        raise ConversionError(
-            "the file flattens the kernel of this convolution, whose size is needed", mend=NEEDS_WEIGHTS
-        )
-    base = base_at(checkpoint, component, path, device)
+    if checkpoint is None:
+        refuse_flat(own, path)
+    base = base_for(own, base_at(checkpoint, component, path, device))
     made = change(own if checkpoint is None else on_weights(own, weight), base)
     sound(made.delta)
     return made
 
 
-def _may_be_flat(delta: Delta, path: str) -> bool:
-    """Whether LyCORIS's flattened kernel is likely: the tensors do not tell it from a linear layer, names do."""
+def refuse_flat(delta: Delta, path: str) -> None:
+    """Raise where LyCORIS's flattened kernel is likely: the tensors do not tell it from a linear layer, names do.
+
+    Raises:
+        ConversionError: it is.
+    """
     inner: Delta = getattr(delta, "inner", delta)
-    return isinstance(inner, LohaDelta | LokrDelta) and len(inner.shape) == 2 and KERNELS.search(path) is not None
+    if isinstance(inner, LohaDelta | LokrDelta) and len(inner.shape) == 2 and KERNELS.search(path) is not None:
+        raise ConversionError(
+            "the file flattens the kernel of this convolution, whose size is needed", mend=NEEDS_WEIGHTS
+        )

@@ -35,7 +35,7 @@ def of_product(up: Tensor, down: Tensor, goal: Goal) -> Pair:
     left, small_left = torch.linalg.qr(up)
     right, small_right = torch.linalg.qr(down.mT)
     u, sigma, vh = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
-    pair = _cut(u, sigma, vh, goal, _energy(sigma))
+    pair = _cut(u, sigma, vh, goal)
     return Pair(left @ pair.up, pair.down @ right.mT)
 
 
@@ -44,25 +44,27 @@ def of_matrix(matrix: Tensor, goal: Goal) -> Pair:
 
     The sketch is the randomised range finder with power steps (Halko, Martinsson and Tropp 2011,
     https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1). ‖A‖² is known, so the error of each step is too: it goes
-    on until the error has settled.
+    on until the error has settled. Where the error decides the rank, what the sketch leaves out is measured.
     """
     total, size = _energy(matrix), min(matrix.shape)
     limit = min(goal.rank or size, size)
-    columns = limit + OVERSAMPLING if goal.share is None else min(limit, FIRST_SKETCH) + OVERSAMPLING
+    columns = limit + OVERSAMPLING if not goal.loss else min(limit, FIRST_SKETCH) + OVERSAMPLING
     basis = None
     while not goal.keeps_all and total > 0 and columns * SKETCH_SHARE <= size:
         basis = _widened(matrix, basis, columns)
-        basis, projected, squares = _settle(matrix, basis, columns - OVERSAMPLING, total)
-        known = squares[: columns - OVERSAMPLING]
-        if goal.share is None or known.numel() >= limit or float(known.sum()) >= goal.share * total:
-            u, sigma, vh = torch.linalg.svd(projected, full_matrices=False)
-            pair = _cut(u, sigma[: known.numel()], vh, goal, total)
+        basis, projected = _settle(matrix, basis, columns - OVERSAMPLING, total)
+        u, sigma, vh = torch.linalg.svd(projected, full_matrices=False)
+        squares = sigma.double().square()
+        known, beyond = squares.tensor_split([columns - OVERSAMPLING])
+        rest = 0.0 if not goal.loss else _energy(matrix.addmm(basis, projected, alpha=-1)) + float(beyond.sum())
+        over = 0.0 if not goal.loss else rest - goal.loss * total
+        if over <= 0 or known.numel() >= limit:
+            pair = _cut(u, sigma[: known.numel()], vh, goal, rest)
             return Pair(basis @ pair.up, pair.down)
         # No further value is above the last known one, so at least so many are missing.
-        missing = (goal.share * total - float(known.sum())) / max(float(known[-1]), 1e-12 * total)
+        missing = over / max(float(known[-1]), 1e-12 * total)
         columns = min(limit, max(2 * known.numel(), known.numel() + int(missing))) + OVERSAMPLING
-    u, sigma, vh = _decomposed(matrix)
-    return _cut(u, sigma, vh, goal, total)
+    return _cut(*_decomposed(matrix), goal)
 
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,8 +80,8 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma, vh @ right.mT
 
 
-def _cut(u: Tensor, sigma: Tensor, vh: Tensor, goal: Goal, total: float) -> Pair:
-    rank = goal.choose(sigma.double().square(), total)
+def _cut(u: Tensor, sigma: Tensor, vh: Tensor, goal: Goal, rest: float = 0.0) -> Pair:
+    rank = goal.choose(sigma.double().square(), rest)
     root = sigma[:rank].sqrt()
     return Pair(u[:, :rank] * root, vh[:rank] * root[:, None])
 
@@ -98,8 +100,8 @@ def _widened(matrix: Tensor, basis: Tensor | None, columns: int) -> Tensor:
     return torch.linalg.qr(further if basis is None else torch.cat([basis, further], 1)).Q
 
 
-def _settle(matrix: Tensor, basis: Tensor, rank: int, total: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Power steps until the error of this rank has settled: the basis, the matrix in it, and squared singular values.
+def _settle(matrix: Tensor, basis: Tensor, rank: int, total: float) -> tuple[Tensor, Tensor]:
+    """Power steps until the error of this rank has settled: the basis, and the matrix in it.
 
     Each step multiplies by AAᵀ and costs two products.
     """
@@ -109,12 +111,9 @@ def _settle(matrix: Tensor, basis: Tensor, rank: int, total: float) -> tuple[Ten
         squares = torch.linalg.eigvalsh((projected @ projected.mT).double()).flip(0).clamp(min=0)
         before, error = error, total - float(squares[:rank].sum())
         if before - error <= max(SETTLED * error, torch.finfo(matrix.dtype).eps * total):
-            break
+            return basis, projected
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(projected.mT).Q).Q
-    else:
-        projected = basis.mT @ matrix
-        squares = torch.linalg.eigvalsh((projected @ projected.mT).double()).flip(0).clamp(min=0)
-    return basis, projected, squares
+    return basis, basis.mT @ matrix
 
 
 def split_size(size: int, factor: int = -1) -> tuple[int, int]:

@@ -55,6 +55,13 @@ ALGEBRAS: tuple[tuple[frozenset[str], frozenset[str], type[Delta]], ...] = (
     (frozenset({"b_norm"}), frozenset(), FullDelta),
     (frozenset({"bias"}), frozenset(), FullDelta),
 )
+MATRICES = frozenset(
+    name
+    for needed, optional, algebra in ALGEBRAS
+    for name in needed | optional - {"bias", "up_bias"}
+    if algebra in (LoraDelta, LohaDelta, LokrDelta, GloraDelta)
+)
+"""Slots that hold factors and cores, with rows and columns at least."""
 SPARSE = frozenset({"bias_indices", "bias_values", "bias_size"})
 BESIDE = SPARSE | {"magnitude", "reshape_weight"}
 """Slots that go with any algebra: a sparse remainder, DoRA's norms, the shape to pad the weight to (ComfyUI)."""
@@ -81,12 +88,16 @@ def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
 
 def _check_reshape(delta: Delta, shape: Tensor) -> None:
     """The padded shape is that of ΔW, so it needs no keeping."""
-    if not shape.is_meta and not delta.fits(shape.tolist()):
-        raise MalformedAdapterError(f"reshape_weight says {shape.tolist()}, the delta is for {list(delta.shape or ())}")
+    if shape.ndim != 1 or (not shape.is_meta and not delta.fits(shape.tolist())):
+        said = shape.tolist() if shape.ndim else "one number"
+        raise MalformedAdapterError(f"reshape_weight says {said}, the delta is for {list(delta.shape or ())}")
 
 
 def _build_plain(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
     given = frozenset(slots)
+    flat = [f"{name} {list(slots[name].shape)}" for name in sorted(given & MATRICES) if slots[name].ndim < 2]
+    if flat:
+        raise MalformedAdapterError(f"factors have rows and columns: {', '.join(flat)}")
     for needed, optional, algebra in ALGEBRAS:
         if needed <= given <= needed | optional:
             return algebra.from_slots(slots, alpha)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lora_loaders.errors import ConversionError
+from lora_loaders.errors import ConversionError, MalformedAdapterError
 
 from .base import Delta, Factors, RowMap, Slots, computing, join_biases, same
 
@@ -31,6 +31,8 @@ class Ia3Delta(Delta):
     def from_slots(cls, slots: Slots, alpha: float | None) -> Self:
         """See `Delta.from_slots`; without data (a meta tensor) the flag reads as False."""
         flag = slots["on_input"]
+        if flag.numel() != 1:
+            raise MalformedAdapterError(f"on_input has {flag.numel()} values, one was expected")
         return cls(weight=slots["weight"], on_input=not flag.is_meta and bool(flag.item()), bias=slots.get("bias"))
 
     def slots(self) -> dict[str, Tensor]:

@@ -62,7 +62,8 @@ class LoraDelta(Delta):
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
         if self.embedding:
-            return {"embedding_down": self.up.t(), "embedding_up": self.down.t()}
+            rest = {name: tensor for name, tensor in self.tensors().items() if name not in ("up", "down")}
+            return {"embedding_down": self.up.t(), "embedding_up": self.down.t(), **rest}
         return self.tensors()
 
     @property
@@ -149,11 +150,15 @@ class LoraDelta(Delta):
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "LoraDelta":
-        """See `Delta.join`: equal `down` factors are kept once, others make `up` block-diagonal."""
+        """See `Delta.join`: equal `down` factors and cores are kept once, other ones make `up` block-diagonal."""
         first = parts[0]
         sizes = [part.out_features for part in parts]
-        if any(part.mid is not None for part in parts):
-            raise ConversionError("LoCon deltas with a Tucker core cannot be stacked into one fused module")
+        is_shared = all(same(part.down, first.down) and same(part.mid, first.mid) for part in parts[1:])
+        if not is_shared and any(part.mid is not None for part in parts):
+            raise ConversionError(
+                "LoCon deltas with different Tucker cores cannot be stacked into one fused module",
+                mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
+            )
         ratios = [part.scaling / first.scaling for part in parts]
         ups = [_times(part.up, ratio) for part, ratio in zip(parts, ratios, strict=True)]
         up_biases = [
@@ -164,7 +169,7 @@ class LoraDelta(Delta):
             "up_bias": join_optional(up_biases, sizes),
             "bias": join_optional([part.bias for part in parts], sizes),
         }
-        if all(same(part.down, first.down) for part in parts[1:]):
+        if is_shared:
             return replace(first, up=torch.cat(ups), **biases)
         rank = sum(part.rank for part in parts)
         down, up = torch.cat([part.down for part in parts]), _block_diagonal(ups, rank)

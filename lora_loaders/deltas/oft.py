@@ -49,7 +49,7 @@ class OftDelta(InUnits):
         if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
             raise MalformedAdapterError(f"OFT blocks of shape {list(blocks.shape)} are not square")
         rows = blocks.shape[-3] * blocks.shape[-1]
-        if rescale is not None and rescale.shape[0] != rows:
+        if rescale is not None and rescale.shape[:1] != (rows,):
             if rescale.numel() != rows:
                 raise MalformedAdapterError(f"rescale has {rescale.numel()} elements, the OFT blocks {rows} rows")
             rescale = rescale.reshape(rows, 1)  # old LyCORIS: [n, b, 1]

@@ -47,6 +47,11 @@ class SparseDelta(Delta):
             raise MalformedAdapterError(f"a sparse remainder of {list(values.shape)} values at {list(indices.shape)}")
         if not size.is_meta and size.tolist() != [inner.shape[0], torch.Size(inner.shape[1:]).numel()]:
             raise MalformedAdapterError(f"a sparse remainder of {size.tolist()} beside a delta of {list(inner.shape)}")
+        if not (size.is_meta or indices.is_meta) and indices.numel():
+            places = indices.long()
+            ends = zip(places.amin(1).tolist(), places.amax(1).tolist(), size.tolist(), strict=True)
+            if any(first < 0 or last >= end for first, last, end in ends):
+                raise MalformedAdapterError(f"a sparse remainder at places outside of {size.tolist()}")
         return cls(inner=inner, indices=indices, values=values)
 
     @classmethod

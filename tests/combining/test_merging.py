@@ -72,6 +72,44 @@ def test_a_module_of_one_adapter_stays_in_its_algebra() -> None:
     torch.testing.assert_close(done.adapter.deltas["transformer"]["b"].delta_weight(), loha.delta_weight())
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_flattened_kernel_takes_the_others_shape_in_any_order(reverse: bool, method: Method) -> None:
+    flat, whole = CASES["loha conv"], CASES["lora conv"]
+    parts = [adapter(case.build(), "conv1") for case in (flat, whole)][:: -1 if reverse else 1]
+    made = ll.merge(parts, method=method, density=1.0, rank=24).adapter.deltas["transformer"]["conv1"]
+    assert made.shape == (24, 10, 3, 3)
+    changes = [case.expected() for case in (flat, whole)]
+    torch.testing.assert_close(made.delta_weight(), combine(changes, [1, 1], method), rtol=1e-6, atol=1e-9)
+
+
+def test_a_kernel_that_no_file_tells_asks_for_the_model() -> None:
+    flat = adapter(CASES["loha conv"].build(), "conv1")
+    with pytest.raises(ll.ConversionError, match="base model's weights"):
+        ll.merge([flat, flat])
+    model = nn.ModuleDict({"conv1": nn.Conv2d(10, 24, 3)})
+    made = ll.merge([flat, flat], model=model).adapter.deltas["transformer"]["conv1"]
+    assert made.shape == (24, 10, 3, 3)
+    torch.testing.assert_close(made.delta_weight(), 2 * CASES["loha conv"].expected())
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "full"])
+def test_the_rounding_of_a_module_of_one_adapter_is_told(name: str) -> None:
+    case = CASES[name]
+    done = ll.merge([adapter(case.build(), "b"), adapter(lora(2))], dtype=torch.bfloat16)
+    fit = done.fits["transformer.b"]
+    lost = done.adapter.deltas["transformer"]["b"].delta_weight().double() - case.expected()
+    assert fit.norm == pytest.approx(float(case.expected().norm()), rel=1e-6)
+    assert fit.error == pytest.approx(float(lost.norm() / case.expected().norm()), rel=1e-3)
+    assert fit.error > 1e-4
+
+
+def test_pruning_keeps_all_of_the_energy_where_that_is_asked_for() -> None:
+    one, other = lora(2), lora(3)
+    done = ll.merge([adapter(one), adapter(other)], method="ties", energy=1.0, dtype=torch.float64)
+    assert done.error < 1e-6
+
+
 def test_full_differences_stay_full_and_vectors_are_added() -> None:
     matrices, vectors = [randn(12, 9), randn(12, 9)], [randn(12), randn(12)]
     made = only(ll.merge([adapter(FullDelta(diff=m)) for m in matrices], [1, 2]))
@@ -94,7 +132,7 @@ def test_pruning_methods_work_on_the_change_itself(method: Method) -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("majority", ["total", "frequency"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_arithmetic_is_pefts(method: Method, majority: str) -> None:
+def test_the_arithmetic_is_pefts(method: Method, majority: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft.utils.merge_utils", reason="compares with peft")
     changes, weights = [randn(12, 9) for _ in range(3)], [0.5, -1.0, 2.0]
     settings = {"majority_sign_method": majority} if method.endswith("ties") else {}
@@ -103,7 +141,7 @@ def test_the_arithmetic_is_pefts(method: Method, majority: str) -> None:
     theirs = peft.task_arithmetic if method == "linear" else getattr(peft, method)
     if method.startswith("dare"):  # whose random numbers differ: the same entries are kept in both by zeros and ones
         keep = [torch.rand(12, 9).double() < 0.3 for _ in changes]
-        pytest.MonkeyPatch().setattr(peft, "random_pruning", lambda t, d, rescale: t)
+        monkeypatch.setattr(peft, "random_pruning", lambda t, d, rescale: t)
         changes = [change * mask / 0.3 for change, mask in zip(changes, keep, strict=True)]
         ours = combine(changes, weights, "ties" if method.endswith("ties") else "linear", majority=majority)  # type: ignore[arg-type]
     else:

@@ -16,7 +16,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.combining.approximating import Approximation, as_full, as_lokr, as_lora
 from lora_loaders.combining.goals import Goal
 from lora_loaders.combining.truncating import of_matrix, of_product
-from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta, build
+from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta, SetDelta, build
 from lora_loaders.errors import ConversionError
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -124,6 +124,21 @@ def test_the_smallest_rank_that_keeps_the_share_is_taken(
     share = energy if error is None else 1 - error**2
     wanted = int((squares.cumsum(0) / squares.sum() < share).sum()) + 1
     assert pair.up.shape[1] == wanted
+
+
+@pytest.mark.parametrize("error", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize(
+    "spectrum", [0.97 ** torch.arange(256), 0.8 ** torch.arange(256), torch.arange(1, 257) ** -1.5]
+)
+def test_a_bound_on_the_error_holds_in_float32(spectrum: Tensor, error: float) -> None:
+    """Sums of squares in float32 know their total to 1e-7 alone, which is an error of 3e-4."""
+    torch.manual_seed(1)
+    left, right = (torch.linalg.qr(randn(256, 256)).Q for _ in range(2))
+    change = ((left * spectrum) @ right).float()
+    up, down = of_matrix(change, Goal(error=error))
+    sigma = torch.linalg.svdvals(change.double())
+    assert error_of(change.double(), up.double() @ down.double()) <= error
+    assert up.shape[1] == next(r for r in range(257) if sigma[r:].norm() <= error * sigma.norm())
 
 
 def test_the_rank_caps_the_share() -> None:
@@ -238,6 +253,64 @@ def test_modules_that_need_weights_are_all_named_and_work_with_them() -> None:
     for path, dora in doras.items():
         wanted = dora.delta_weight(model[path].weight.detach())
         torch.testing.assert_close(done.adapter.deltas["transformer"][path].delta_weight(), wanted)
+
+
+WRONG = {
+    "lora": LoraDelta(up=randn(9, 3), down=randn(3, 6)),
+    "full": FullDelta(diff=randn(8, 5)),
+    "dora": DoraDelta(inner=LoraDelta(up=randn(9, 3), down=randn(3, 6)), magnitude=randn(9, 1)),
+    "set": SetDelta(value=randn(9, 9)),
+    "norm": SetDelta(value=randn(8)),
+    "oft": build({"oft_blocks": randn(5, 3, 3)}, None),
+    "ia3": build({"weight": randn(7), "on_input": torch.tensor(1)}, None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_base_model_of_other_shapes_is_refused(name: str) -> None:
+    model, adapter = nn.ModuleDict({"a": nn.Linear(6, 8)}), ll.Adapter({"transformer": {"a": WRONG[name]}})
+    for make in (
+        lambda: ll.resize(adapter, rank=2, model=model),
+        lambda: ll.to_full(adapter, model=model),
+        lambda: ll.merge([adapter, adapter], rank=2, model=model),
+    ):
+        with pytest.raises(ConversionError) as refused:
+            make()
+        assert "for a weight of shape" in refused.value.problems[0]
+        assert "has (8, 6)" in refused.value.problems[0]
+
+
+def test_a_control_lora_is_made_with_the_model_that_it_widens() -> None:
+    """W with zeros for the inputs that only the adapter has, then the change."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 8)}).double()
+    lora = LoraDelta(up=randn(8, 3), down=randn(3, 12))
+    dora = DoraDelta(inner=lora, magnitude=randn(8, 1).abs())
+    padded = torch.cat([model["a"].weight.detach(), torch.zeros(8, 6, dtype=torch.float64)], 1)
+    whole = padded + lora.up @ lora.down
+    for delta, wanted in ((lora, whole - padded), (dora, dora.magnitude * whole / whole.norm(dim=1)[:, None] - padded)):
+        done = ll.to_full(ll.Adapter({"transformer": {"a": delta}}), model=model)
+        torch.testing.assert_close(done.adapter.deltas["transformer"]["a"].delta_weight(), wanted)
+        cut = ll.resize(ll.Adapter({"transformer": {"a": delta}}), rank=2, model=model)
+        assert cut.error == pytest.approx(best_error(wanted, 2), rel=1e-6)
+
+
+def test_a_replaced_norm_stays_what_it_is_without_a_model() -> None:
+    """As in BFL's Control files, beside their LoRAs."""
+    norm = SetDelta(value=randn(8))
+    adapter = ll.Adapter({"transformer": {"a": LoraDelta(up=randn(8, 3), down=randn(3, 6)), "b": norm}})
+    for done in (ll.resize(adapter, rank=2), ll.to_full(adapter)):
+        made = done.adapter.deltas["transformer"]["b"]
+        assert isinstance(made, SetDelta)
+        assert torch.equal(made.value, norm.value)
+
+
+@pytest.mark.parametrize("goal", [{"energy": 1.0}, {"error": 0.0}, {"error": 1e-9}], ids=str)
+def test_all_of_the_energy_is_a_goal(goal: dict[str, float]) -> None:
+    change = randn(8, 6)
+    done = ll.resize(ll.Adapter({"transformer": {"a": FullDelta(diff=change)}}), **goal)  # type: ignore[arg-type]
+    made = done.adapter.deltas["transformer"]["a"]
+    assert made.rank == 6
+    torch.testing.assert_close(made.delta_weight(), change)
 
 
 def test_a_change_without_a_rank_asks_for_a_goal() -> None:

@@ -179,7 +179,6 @@ def make_cases() -> dict[str, Case]:
             lambda s, w: half * tucker(s["mid"], s["up"].flatten(1).T, s["down"].flatten(1)),
             1.0,
             (3, 3),
-            closed=False,
         ),
         "full": Case(slots(diff=(24, 10)), lambda s, w: s["diff"]),
         "modulation": Case(slots(diff_m=(24, 10)), lambda s, w: s["diff_m"]),
