@@ -18,9 +18,10 @@ from .architectures import CONFIG, INDEX, Blueprint, find_blueprints, is_text_en
 from .conversion import parse
 from .deltas import Delta, FullDelta
 from .detection import family_named
-from .errors import UNTOUCHED, AdapterFileError, UnsupportedBaseError
+from .errors import UNTOUCHED, AdapterFileError, AdapterMismatchError, UnsupportedBaseError
 from .families import FAMILIES, Family
 from .files import Contents, open_safetensors
+from .formats import read_modules
 from .layers.base_weight import read_weight
 from .layers.parameter import base_value
 from .layout import named_bases
@@ -192,7 +193,15 @@ def _component_of(blueprint: Blueprint, family: Family | None) -> str:
 
 def _of_files(files: list[Path], path: Path, family: str | None, families: Sequence[Family]) -> Checkpoint:
     """A checkpoint under its publisher's names, or one model's under diffusers': the family's table reads them."""
-    contents = Contents(_as_differences(_tensors_in(files)), label=str(path))
+    tensors = _tensors_in(files)
+    changes = sum(len(module.keys) for module in read_modules(list(tensors))[0])
+    if changes * 2 > len(tensors):
+        raise AdapterMismatchError(
+            f"{path} is an adapter, no model: {changes} of its {len(tensors)} keys are changes of weights",
+            mend="Give a checkpoint; what is to be done to adapters, resize and merge do.",
+            state=UNTOUCHED,
+        )
+    contents = Contents(_as_differences(tensors), label=str(path))
     return Checkpoint(parse(contents, family, families=families), str(path), tuple(files))
 
 

@@ -196,7 +196,7 @@ def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:
             state=UNTOUCHED,
         )
     return UnknownFormatError(
-        f"{label}: none of its {len(left)} keys is an adapter's",
+        f"{label}: none of its {len(left)} keys is an adapter's" if left else f"{label} is empty",
         problems=problems,
         mend="Is it a file of another kind?",
         state=UNTOUCHED,

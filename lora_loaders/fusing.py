@@ -350,6 +350,12 @@ def _restore(layers: Sequence[AdapterLayer]) -> None:
             plain.append(layer)
         elif layer.fused.checksum is not None:  # it was plain when it was fused, and has been quantised since
             raise layer.fused.refused(read_weight(layer.base_layer))
+        elif layer.fused.record is not None and is_plain(layer.base_layer):
+            raise AdapterStateError(
+                f"a weight was stored quantised when it was fused, and is plain {layer.base_layer.weight.dtype} now",
+                mend="Store it as it was, or load the model's own weights again.",
+                state="Nothing was unfused.",
+            )
     originals = originals_of(plain) if plain else []
     weights = [read_weight(layer.base_layer) for layer in plain]
     for weight, original in zip(weights, originals, strict=True):

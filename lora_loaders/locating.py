@@ -31,7 +31,11 @@ class HubOptions:
 
 def locate(source: str | os.PathLike[str], hub: HubOptions, *, allow_pickle: bool = False) -> Path:
     """Path of the one file that `source` means, downloaded if it is a Hub id."""
-    path = Path(source)
+    try:
+        path = Path(source)
+    except TypeError as error:
+        wanted = "an adapter is read from a path, a Hub id or a dictionary"
+        raise AdapterFileError(f"{wanted}, not from {source!r}", state=UNTOUCHED) from error
     folder = path / (hub.subfolder or "")
     if path.is_file():
         return path

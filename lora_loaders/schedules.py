@@ -1,5 +1,6 @@
 """Weights that follow the denoising: a function of the progress from 0 to 1, or one number for each step."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -77,6 +78,16 @@ def at_step(weight: Any, step: Step, name: str) -> Any:
 
 
 def _called(function: Callable[[float], Any], step: Step, name: str) -> float:
+    try:
+        inspect.signature(function).bind(step.progress)
+    except TypeError as error:
+        raise AdapterStateError(
+            f"the schedule of {name} does not take the progress: {error}",
+            mend="Give a function of one number, which is 0 in the first step and 1 in the last.",
+            state="Weights are what they were before.",
+        ) from error
+    except ValueError:
+        pass  # what is written in C may not tell its signature
     given = function(step.progress)
     try:
         if given is None:

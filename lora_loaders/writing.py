@@ -89,6 +89,7 @@ def to_tensors(
     components = [component for component, deltas in adapter.deltas.items() if deltas]
     if form.name == "peft" and len(components) > 1:
         writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
+        writing.advise("Write one file for each component.")
     writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
     for component in components:
         prefix = _prefix(form, component, family)

@@ -214,6 +214,12 @@ def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     assert_says_all_four(caught.value, "style.safetensors")
 
 
+@pytest.mark.parametrize("source", [None, 3])
+def test_what_is_no_source_at_all_is_refused(source: Any) -> None:
+    with pytest.raises(AdapterFileError, match=f"a path, a Hub id or a dictionary, not from {source}"):
+        read_adapter(source)
+
+
 def test_missing_weight_name_names_its_neighbours(tmp_path: Path) -> None:
     safetensors.torch.save_file(lora_tensors(), tmp_path / "style_v2.safetensors")
     with pytest.raises(AdapterFileError, match="no file") as caught:

@@ -125,6 +125,19 @@ def test_adapters_stay_in_the_compute_dtype_whichever_of_cast_and_load_comes_fir
         torch.testing.assert_close(layer(x), x @ weight.t() + layer.base_layer.bias.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_was_fused_in_float8_and_is_plain_since_is_not_unfused_wrong() -> None:
+    model: Any = cast(ll.attach(flux()))
+    load(model)
+    fusing.fuse(model)
+    for layer in adapted(model):
+        layer.base_layer.weight.data = layer.base_layer.weight.data.float()
+    before = bytes_of(model)
+    with pytest.raises(AdapterStateError, match=r"stored quantised when it was fused, and is plain torch\.float32 now"):
+        fusing.unfuse(model)
+    assert fusing.fused_adapters(model) == {"default_0"}
+    assert same(bytes_of(model), before)
+
+
 def test_a_weight_that_is_cast_to_float8_after_fusing_is_not_taken_for_unfused() -> None:
     model: Any = ll.attach(flux())
     load(model)

@@ -245,6 +245,15 @@ def test_a_function_that_gives_no_number_says_where(value: Any) -> None:
     assert torch.equal(draw(pipe, 1), resting)
 
 
+@pytest.mark.parametrize("function", [lambda: 0.5, lambda progress, *, more: 0.5])
+def test_a_function_that_does_not_take_the_progress_is_refused_by_its_adapters_name(function: Any) -> None:
+    pipe = adapted("sd15")
+    pipe.set_adapters("a", 0.5)
+    with pytest.raises(ll.AdapterStateError, match="the schedule of a does not take the progress"):
+        pipe.set_adapters("a", function)
+    assert {layer.weights["a"] for _, layer in adapter_layers(pipe.unet) if "a" in layer.weights} == {0.5}
+
+
 @pytest.mark.parametrize("values", [[], [float("nan")], ["a"]])
 def test_a_list_of_no_numbers_is_refused(values: Any) -> None:
     with pytest.raises(ll.AdapterStateError):

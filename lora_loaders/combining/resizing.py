@@ -177,7 +177,7 @@ def sound(delta: Delta, place: str | None = None) -> Delta:
         raise ConversionError(
             f"{f'{place}: ' if place else ''}NaN or infinity in {', '.join(bad)}",
             mend="The source is damaged where it holds them itself; else its numbers are too large for this dtype: "
-            "choose dtype=torch.float32 or bfloat16.",
+            "write float32 or bfloat16 (dtype=…, --dtype …).",
         )
     return delta
 
@@ -210,7 +210,7 @@ def _changed(
             on_module(place)
     if problems:
         raise ConversionError(
-            f"{adapter.source} ({adapter.describe()}): {len(problems)} modules cannot be changed so",
+            f"{adapter.source} ({adapter.describe()}): {len(problems)} of its modules cannot be changed so",
             problems=problems,
             mend=" ".join(filter(None, mends)),
             state="Nothing was written.",

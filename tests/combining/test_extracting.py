@@ -329,6 +329,15 @@ def test_two_equal_models_are_an_error(base: Weights, tmp_path: Path) -> None:
         ll.extract(folder, folder, rank=3)
 
 
+def test_adapters_are_no_models(tmp_path: Path) -> None:
+    save_file(
+        {"transformer.x.lora_A.weight": torch.ones(1, 2), "transformer.x.lora_B.weight": torch.ones(2, 1)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(ll.AdapterMismatchError, match=r"a\.safetensors is an adapter, no model: 2 of its 2 keys"):
+        ll.extract(tmp_path / "a.safetensors", tmp_path / "a.safetensors", rank=1)
+
+
 def test_a_lora_without_a_goal_and_a_folder_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ll.ConversionError, match="give a rank"):
         ll.extract(tmp_path, tmp_path)
