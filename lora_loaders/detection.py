@@ -23,6 +23,8 @@ SAMPLE = 96
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
 KOHYA_ENCODER = re.compile(r"lora_te(\d?)_")
+OTHERS = re.compile("control|encoder|vae|refiner|prior|decoder|connector", re.IGNORECASE)
+"""In a level above all names it is another network's, and no wrapper's."""
 UNKNOWN_NAME = "no such name in this family"
 
 
@@ -77,12 +79,13 @@ def joined_spellings(modules: Iterable[RawModule]) -> list[RawModule]:
 def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Sequence[RawModule]:
     """The modules without the levels that all their names share, if so a family knows the most of them.
 
-    Trainers save what they have: a wrapper's `generator.model.` stands before every name of some files.
+    Trainers save what they have: a wrapper's `generator.model.` stands before every name of some files. A level that
+    names another network stays: a ControlNet has blocks of the denoiser's names.
     """
     inner = modules
     while inner:
         levels = {module.name.partition(".")[0] for module in inner if "." in module.name}
-        if len(levels) != 1 or not all("." in module.name for module in inner):
+        if len(levels) != 1 or not all("." in module.name for module in inner) or OTHERS.search(min(levels)):
             break
         inner = [_inside(module) for module in inner]
         sample = sample_of(inner)

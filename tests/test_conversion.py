@@ -265,7 +265,10 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "down alone": ({"lora_unet_img_in.lora_down.weight": torch.ones(4, H)}, "up missing"),
     "up alone": ({"lora_unet_img_in.lora_up.weight": torch.ones(H, 4)}, "down missing"),
     "ranks differ": (pair() | {"lora_unet_img_in.lora_up.weight": torch.ones(H, 5)}, "do not multiply"),
-    "vectors": ({f"lora_unet_img_in.lora_{end}.weight": torch.ones(4) for end in ("down", "up")}, "do not multiply"),
+    "vectors": (
+        {f"lora_unet_img_in.lora_{end}.weight": torch.ones(4) for end in ("down", "up")},
+        "have rows and columns",
+    ),
     "alpha is NaN": (pair() | {"lora_unet_img_in.alpha": torch.tensor(float("nan"))}, "alpha is nan"),
     "alpha is infinite": (pair() | {"lora_unet_img_in.alpha": torch.tensor(float("inf"))}, "alpha is inf"),
     "alpha is a vector": (pair() | {"lora_unet_img_in.alpha": torch.ones(3)}, "alpha has 3 values"),
@@ -307,7 +310,7 @@ def test_file_without_adapter_keys_is_of_an_unknown_format() -> None:
 
 
 def test_empty_dictionary_is_of_an_unknown_format() -> None:
-    with pytest.raises(UnknownFormatError, match="none of its 0 keys"):
+    with pytest.raises(UnknownFormatError, match="a dictionary is empty"):
         read_adapter({})
 
 

@@ -83,12 +83,12 @@ def test_half_a_pair_is_an_error_and_no_random_matrix(side: str, key: str) -> No
     assert before.differences(photograph(pipe)) == []
 
 
-def test_a_file_under_another_prefix_loads_nothing_in_no_silence() -> None:
+def test_a_file_for_another_network_loads_nothing_in_no_silence() -> None:
     pipe: Any = ll.attach(pipeline("flux1"))
     before = photograph(pipe)
     for load in (pipe.load_lora_weights, pipe.transformer.load_lora_adapter):
         with pytest.raises(ll.LoraLoadersError):
-            load(factors(QUERY, prefix="elsewhere."), adapter_name="a")
+            load(factors(QUERY, prefix="controlnet."), adapter_name="a")
     assert before.differences(photograph(pipe)) == []
 
 
