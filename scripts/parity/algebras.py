@@ -5,13 +5,14 @@
 Needs peft and lycoris-lora (scripts/setup_peers, then PYTHONPATH=.venv/peers). Files that they write are read; files
 that are written here they read back; what neither writes is put together by hand. A cell is the largest error relative
 to the largest value, in float32 and in float64. A peer that cannot do a thing is quoted; one that computes something
-else than its own merged weight says is marked, and the formula judges.
+else than its own merged weight says is marked, and the formula judges; the files are read for it without lora_loaders.
 """
 
 import argparse
 import copy
 import json
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -26,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from formulas import bias_change, kronecker, kronecker_of_peft
 from rows import ALGEBRAS, LAYERS, OUT, STAND_INS, Algebra, Layer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_loaders as ll
 from lora_loaders import fusing
 from lora_loaders.attaching import apply
 from lora_loaders.conversion import parse
-from lora_loaders.deltas import Delta
 from lora_loaders.errors import MalformedAdapterError
 from lora_loaders.files import read
 from lora_loaders.layout import ModelLayout
@@ -50,6 +50,24 @@ LAWS = (
     "the adapter changes a bias too, and an embedding has none",
 )
 """What our errors say where a change is no change of that layer at all."""
+
+
+MODULE = re.compile(r"^(lycoris_it(_[a-z_]+?)?|base_model\.model\.it)\.")
+SLOTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "dora_scale": "magnitude",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.bias": "up_bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_embedding_A": "embedding_down",
+    "lora_embedding_B": "embedding_up",
+    "oft_R.scaled_oft": "scaled_oft",
+    "diff_b": "bias",
+}
+"""Suffix in a file -> the formulas' word for it, where that is another."""
 
 
 class Net(nn.Module):
@@ -226,10 +244,20 @@ PEERS = {"LyCORIS": lycoris_says, "PEFT": peft_says}
 SOURCES = {**PEERS, "by hand": by_hand}
 
 
-def spoken(delta: Delta) -> tuple[dict[str, Tensor], float | None]:
-    """The tensors as the file has them, in float64, and alpha."""
-    slots = {n: t.detach().double() if t.is_floating_point() else t for n, t in delta.slots().items()}
-    return slots, delta.alpha_value
+def spoken(file: Path) -> tuple[dict[str, Tensor], float | None]:
+    """What a file says of its one module, tensors in float64 and alpha, read without lora_loaders."""
+    file = file / "adapter_model.safetensors" if file.is_dir() else file
+    config = json.loads(path.read_text("utf-8")) if (path := file.with_name("adapter_config.json")).is_file() else {}
+    slots: dict[str, Tensor] = {}
+    for key, tensor in load_file(file).items():
+        suffix = MODULE.sub("", key)
+        name = SLOTS.get(suffix, suffix if suffix == "weight" else suffix.removesuffix(".weight"))
+        slots[name] = tensor.double() if tensor.is_floating_point() else tensor
+    if config and "magnitude" in slots:  # PEFT's are of each output; an embedding's weight it sees transposed
+        slots["magnitude"] = slots["magnitude"].flatten() if "up" in slots else slots["magnitude"].view(1, -1)
+    slots.pop("reshape_weight", None)
+    alpha = slots.pop("alpha", None)
+    return slots, config.get("lora_alpha", config.get("alpha")) if alpha is None else float(alpha)
 
 
 def measure(algebra: Algebra, layer: str, name: str) -> tuple[Cells, Cells]:
@@ -308,7 +336,7 @@ def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, fo
     if parameter == "weight" and delta.shape and weight.ndim == 2:
         weight = F.pad(weight, (0, max(0, delta.shape[1] - weight.shape[1])))  # inputs that are heeded from now on
     weight = weight.detach()
-    slots, alpha = spoken(delta)
+    slots, alpha = spoken(peer.file)
     if algebra.name == "LoKr, both whole" and peer.format == "peft":
         alpha = None  # 8 / 8
     change_of = kronecker_of_peft if (algebra.formula, peer.format) == (kronecker, "peft") else algebra.formula
