@@ -13,9 +13,10 @@ was left or would be waited for, and costs nothing else.
 
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from itertools import takewhile
 from types import FrameType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -121,8 +122,8 @@ class Gate:
                 self._forwards.pop(me, None)
                 self._condition.notify_all()
 
-    def enter_change(self) -> None:
-        """Wait until no other thread changes the model or runs it.
+    def enter_change(self, *, may_wait: bool = True) -> bool:
+        """Wait until no other thread changes the model or runs it; False where that must not be waited for.
 
         Raises:
             AdapterStateError: it would wait for a forward that waits for this thread's own.
@@ -130,6 +131,8 @@ class Gate:
         me = threading.get_ident()
         with self._condition:
             if self._changer != me:
+                if not may_wait and not self._is_free():
+                    return False
                 is_in_forward = me in self._forwards and self._own_calls() > 0
                 if is_in_forward and self._waits_in_forward:
                     raise AdapterStateError(
@@ -140,13 +143,17 @@ class Gate:
                 self._waiting += 1
                 self._waits_in_forward |= is_in_forward
                 try:
-                    self._wait_for(lambda: self._changer is None and not self._running(self._forwards))
+                    self._wait_for(self._is_free)
                 finally:
                     self._waiting -= 1
                     self._waits_in_forward &= not is_in_forward
                     self._condition.notify_all()
                 self._changer = me
             self._depth += 1
+            return True
+
+    def _is_free(self) -> bool:
+        return self._changer is None and not self._running(self._forwards)
 
     def _wait_for(self, is_free: Callable[[], bool]) -> None:
         while not self._condition.wait_for(is_free, LOOK_AGAIN):
@@ -263,13 +270,13 @@ class Gate:
         """Whether the change that was entered last is not within another."""
         return self._depth == 1
 
-    def leave_change(self) -> None:
-        """The change is complete, or undone."""
+    def leave_change(self, *, changed: bool = True) -> None:
+        """The change is complete, undone, or never began."""
         with self._condition:
             self._depth -= 1
             if self._depth == 0:
                 self._changer = None
-                self.version += 1
+                self.version += changed
                 self._condition.notify_all()
 
 
@@ -292,15 +299,28 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return own
 
 
+def _enter_changes(gates: Sequence[Gate]) -> None:
+    """Enter all of these changes; none is held while another is waited for, since a forward may run other models'."""
+    first = 0
+    while True:
+        order = [*gates[first:], *gates[:first]]
+        entered = list(takewhile(lambda gate, head=order[0]: gate.enter_change(may_wait=gate is head), order))
+        if len(entered) == len(order):
+            return
+        for gate in entered:
+            gate.leave_change(changed=False)
+        first = gates.index(order[len(entered)])
+
+
 @contextmanager
 def changing(models: Iterable[nn.Module], *, reads_bases: bool = False) -> Generator[None]:
     """The only change of these models while the block lasts, with no forward of them under way; see `in_step`."""
     with uncollected(), remembered(), ExitStack() as stack:
-        # In one order everywhere, so that two changes of the same two models never wait for each other.
-        for model in sorted({id(model): model for model in models}.values(), key=id):
-            gate = gate_of(model)
-            gate.enter_change()
+        own = {gate_of(model): model for model in sorted(models, key=id)}
+        _enter_changes(list(own))
+        for gate in own:
             stack.callback(gate.leave_change)
+        for gate, model in own.items():
             if gate.is_outermost:
                 forget()
                 keep_watching(model)

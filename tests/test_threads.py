@@ -119,6 +119,33 @@ def test_a_forward_sees_the_adapters_before_a_change_or_after_it_and_no_mixture(
     assert not torch.equal(new, old)
 
 
+@pytest.mark.parametrize("outer", [0, 1])
+def test_a_change_of_two_models_lets_a_forward_of_one_run_the_other(outer: int) -> None:
+    """Had it entered one and waited for the other, that forward would wait for it in turn, for ever."""
+    models = sorted((slow(), slow()), key=id)
+    for model in models:
+        model.load_lora_adapter(change_of(0), adapter_name="a", prefix=None)
+    calling, called = models[outer], models[1 - outer]
+    entered, done = threading.Event(), []
+    x = torch.randn(3, 4)
+
+    def run_the_other() -> None:
+        entered.set()
+        while not gate_of(calling)._waiting and not gate_of(called)._waiting:
+            pass
+        called(x)
+
+    calling.between = run_the_other
+
+    def change() -> None:
+        entered.wait(WAIT)
+        with changing(models):
+            done.append(True)
+
+    together(lambda: calling(x), change)
+    assert done
+
+
 @pytest.mark.parametrize("first", ["compile", "load"])
 @pytest.mark.parametrize("way", ["model.compile", "torch.compile"])
 def test_a_change_waits_for_a_forward_of_a_model_that_is_compiled_as_a_whole(way: str, first: str) -> None:
