@@ -108,7 +108,7 @@ def to_tensors(
     if writing.problems:
         raise ConversionError(
             f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
-            f"{len(writing.problems)} places",
+            f"{len(writing.problems)} place{'s' * (len(writing.problems) > 1)}",
             problems=writing.problems,
             mend=" ".join(writing.mends) or MEND,
             state="Nothing was written.",

@@ -125,7 +125,9 @@ def merge(
             on_module(f"{component}.{path}")
     if problems:
         mend = " ".join(mends)
-        raise ConversionError(f"{len(problems)} modules cannot be merged", problems=problems, mend=mend, state=NOTHING)
+        raise ConversionError(
+            f"{len(problems)} of their modules cannot be merged", problems=problems, mend=mend, state=NOTHING
+        )
     facts = {"method": method, "weights": factors, **{k: v for k, v in asdict(goal).items() if v is not None}}
     if method != "linear":
         facts |= {"density": density, "majority": majority, "seed": seed}
