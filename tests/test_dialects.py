@@ -181,7 +181,7 @@ def test_omi_has_onetrainers_words_for_components_and_none_for_others() -> None:
     assert set(to_tensors(unet, "omi")[0]) == {
         f"unet.middle_block.1.proj_in.lora_{end}.weight" for end in ("up", "down")
     }
-    with pytest.raises(ll.ConversionError, match="1 places"):
+    with pytest.raises(ll.ConversionError, match="1 place"):
         to_tensors(Adapter({"text_encoder": {"model.layers.0.mlp.up_proj": delta}}, family="z-image"), "omi")
 
 

@@ -126,7 +126,7 @@ def merge(
     if problems:
         mend = " ".join(mends)
         raise ConversionError(
-            f"{len(problems)} of their modules cannot be merged", problems=problems, mend=mend, state=NOTHING
+            f"modules that cannot be merged: {len(problems)}", problems=problems, mend=mend, state=NOTHING
         )
     facts = {"method": method, "weights": factors, **{k: v for k, v in asdict(goal).items() if v is not None}}
     if method != "linear":

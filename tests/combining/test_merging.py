@@ -167,7 +167,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ll.ConversionError, match="density=2"):
         ll.merge([one, one], method="ties", density=2)
     other = LoraDelta(up=randn(10, 2), down=randn(2, 9))
-    with pytest.raises(ll.ConversionError, match="1 modules cannot be merged") as refused:
+    with pytest.raises(ll.ConversionError, match="modules that cannot be merged") as refused:
         ll.merge([adapter(lora(2)), adapter(other)])
     assert "transformer.a: changes of the shapes" in refused.value.problems[0]
     dora = DoraDelta(inner=lora(2), magnitude=randn(12, 1))
