@@ -300,12 +300,14 @@ def told_depth(modules: Iterable[RawModule], family: Family, path: str) -> int |
 
 
 def is_last_by_rows(delta: Delta) -> bool | None:
-    """Whether a modulation is that of a last block, which has scale and shift alone: two rows an input, others six.
+    """Whether a modulation is that of a last block, which has scale and shift alone: two rows an input, not 6 or 9.
 
-    None where the delta does not tell how many inputs its weight has.
+    None where the delta does not tell, or tells of neither.
     """
     shape = delta.shape
-    return None if shape is None or min(shape[:2]) < 1 else shape[0] == 2 * shape[1]
+    if shape is None or min(shape[:2]) < 1 or shape[0] % shape[1]:
+        return None
+    return {2: True, 6: False, 9: False}.get(shape[0] // shape[1])
 
 
 def why_unresolved(module: RawModule, readings: Sequence[tuple[str, Resolved]], family: Family | None) -> str:
