@@ -302,7 +302,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def _enter_changes(gates: Sequence[Gate]) -> None:
     """Enter all of these changes; none is held while another is waited for, since a forward may run other models'."""
     first = 0
-    while True:
+    while gates:
         order = [*gates[first:], *gates[:first]]
         entered = list(takewhile(lambda gate, head=order[0]: gate.enter_change(may_wait=gate is head), order))
         if len(entered) == len(order):
