@@ -223,6 +223,13 @@ def check_sizes(rows: int, sizes: Sequence[int]) -> None:
         raise ConversionError(f"parts of {list(sizes)} rows do not add up to the {rows} rows of the fused module")
 
 
+def scaling_of(alpha: float | None, rank: int, rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732); 1 where no alpha is given."""
+    if not alpha:
+        return 1.0
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def computing(tensor: Tensor) -> Tensor:
     """The tensor in the precision that ΔW is computed in: float64 stays, all else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

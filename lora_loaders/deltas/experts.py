@@ -1,6 +1,5 @@
 """PEFT's LoRA of the stacked weights of experts (`target_parameters`, `ParamWrapper`): one product for each expert."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +9,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
-from .base import Delta, RowMap, Slots, computing
+from .base import Delta, RowMap, Slots, computing, scaling_of
 from .lora import LoraDelta
 
 
@@ -64,10 +63,8 @@ class ExpertsDelta(Delta):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA; 1 where no alpha is given."""
-        if not self.alpha:
-            return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """See `scaling_of`."""
+        return scaling_of(self.alpha, self.rank, self.rslora)
 
     @property
     def shape(self) -> tuple[int, ...]:

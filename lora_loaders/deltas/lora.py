@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
-from .base import Delta, Factors, Slots, check_sizes, computing, join_optional, same
+from .base import Delta, Factors, Slots, check_sizes, computing, join_optional, same, scaling_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,10 +78,8 @@ class LoraDelta(Delta):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA; 1 where no alpha is given."""
-        if not self.alpha:
-            return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """See `scaling_of`."""
+        return scaling_of(self.alpha, self.rank, self.rslora)
 
     @property
     def shape(self) -> tuple[int, ...]:
