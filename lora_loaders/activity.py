@@ -9,7 +9,7 @@ from torch import nn
 from .attaching import detach_adapters
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
-from .gates import exclusive
+from .gates import changing, exclusive
 from .integrations.scale import is_compiled
 from .layers.arrangement import switch
 from .layers.layer import AdapterLayer
@@ -226,16 +226,27 @@ def unload(
     delete(model, adapter_names(model))
 
 
-@exclusive()
-def move(model: nn.Module, names: Sequence[str], device: torch.device | str | int) -> None:
-    """Put these adapters' parameters on a device; the forward fetches them if the base is elsewhere."""
-    target = torch.device(device)
-    for _, layer in adapter_layers(model):
-        for name in names:
-            if name in layer.templates:
-                for parameter in layer.parameters_of(name):
-                    parameter.data = parameter.data.to(target)
-    refresh(layer for _, layer in adapter_layers(model))
+def move(models: Iterable[nn.Module], names: Sequence[str], device: torch.device | str | int) -> None:
+    """Put these adapters' parameters on a device; the forward fetches them if the base is elsewhere.
+
+    Raises:
+        AdapterStateError: torch cannot put them there: no such device, or no room on it.
+    """
+    models = list(models)
+    with changing(models):
+        layers = [layer for model in models for _, layer in adapter_layers(model)]
+        found = [p for layer in layers for name in names if name in layer.templates for p in layer.parameters_of(name)]
+        try:
+            moved = [parameter.data.to(device) for parameter in found]
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+            raise AdapterStateError(
+                f"{', '.join(names)} cannot be put on {device}: {str(error).splitlines()[0]}",
+                mend="Give a device that torch has here, such as 'cpu' or 'cuda:0', with room for them.",
+                state=NOTHING,
+            ) from error
+        for parameter, data in zip(found, moved, strict=True):
+            parameter.data = data
+        refresh(layers)
 
 
 Activity = list[tuple[tuple[str, ...], Mapping[str, float], bool, Mapping[str, Any]]]

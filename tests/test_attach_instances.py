@@ -271,3 +271,14 @@ def test_detaching_a_pipeline_leaves_the_components_that_another_one_has() -> No
     ll.detach(first)
     assert type(first.unet) is diffusers.UNet2DConditionModel
     assert torch.equal(render(first), plain)
+
+
+def test_detach_reaches_a_component_that_was_replaced() -> None:
+    pipe = pipeline("sd15")
+    plain = render(pipe)
+    ll.attach(pipe).load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
+    first, pipe.unet = pipe.unet, pipeline("sd15").unet
+    ll.detach(pipe)
+    assert type(first) is diffusers.UNet2DConditionModel
+    pipe.unet = first
+    assert torch.equal(render(pipe), plain)

@@ -78,7 +78,8 @@ def _blocks_of(pipeline: object) -> list[Any]:
 def detach(target: T, *, keep_fused: bool | None = None) -> T:
     """Undo `attach`: adapters are unloaded and the instances get their own classes back.
 
-    A component that another attached pipeline has too stays as it is, with its adapters.
+    A component that another attached pipeline has too stays as it is, with its adapters. One that stood in the pipeline
+    when it was attached, and was replaced since, is undone too.
 
     Raises:
         AdapterStateError: adapters are fused and `keep_fused` does not say what to do.
@@ -101,8 +102,9 @@ def detach(target: T, *, keep_fused: bool | None = None) -> T:
 
 
 def _given_up(pipeline: Any) -> list[nn.Module]:
-    """The components that no other attached pipeline has, once this one lets go of all."""
-    models: list[nn.Module] = list(getattr(pipeline, "lora_components", {}).values())
+    """The components that no other attached pipeline has, once this one lets go of all, replaced ones too."""
+    replaced = [model for model, holders in _HOLDERS.items() if pipeline in holders]
+    models = list(dict.fromkeys([*getattr(pipeline, "lora_components", {}).values(), *replaced]))
     for model in models:
         _HOLDERS.get(model, WeakSet[Any]()).discard(pipeline)
     return [model for model in models if not any(map(is_equipped, _HOLDERS.get(model, ())))]

@@ -274,10 +274,12 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
 
     @_at_once
     def set_lora_device(self, adapter_names: Sequence[str], device: torch.device | str | int) -> None:
-        """Put these adapters' parameters on a device, to park them on the CPU or bring them back."""
-        names = self._present(adapter_names)
-        for model in self._adapted():
-            activity.move(model, names, device)
+        """Put these adapters' parameters on a device, to park them on the CPU or bring them back.
+
+        Raises:
+            AdapterStateError: an unknown name, or a device that torch has not or that has no room; nothing is moved.
+        """
+        activity.move(self._adapted(), self._present(adapter_names), device)
 
     @_at_once
     def enable_lora_hotswap(
