@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .attaching import detach_adapters
+from .buffers import writable
 from .errors import AdapterStateError
 from .fusing import fused_adapters, unfuse
 from .gates import changing, exclusive
@@ -237,7 +238,8 @@ def move(models: Iterable[nn.Module], names: Sequence[str], device: torch.device
         layers = [layer for model in models for _, layer in adapter_layers(model)]
         found = [p for layer in layers for name in names if name in layer.templates for p in layer.parameters_of(name)]
         try:
-            moved = [parameter.data.to(device) for parameter in found]
+            with writable():
+                moved = [parameter.data.to(device) for parameter in found]
         except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
             raise AdapterStateError(
                 f"{', '.join(names)} cannot be put on {device}: {str(error).splitlines()[0]}",

@@ -6,12 +6,11 @@
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from .buffers import BufferMover, part_of
+from .buffers import BufferMover, writable
 from .deltas import Delta
 from .errors import AdapterStateError
 from .gates import changing, exclusive
@@ -25,10 +24,6 @@ from .layers.slots import refresh
 from .layout import adapter_layers, base_of, parent_of, shared_of
 from .plans import AttachPlan, Binding
 from .widening import narrow, widen
-
-ALIGNMENT = 64
-"""Elements between the starts of neighbouring parameters in one buffer, so that each is aligned for any kernel."""
-
 
 RESERVED_RANK = "_lora_reserved_rank"
 """Where a model notes the rank that hot-swapping is to have room for, before its first adapter comes."""
@@ -166,29 +161,30 @@ _Place = tuple[torch.device, torch.dtype]
 def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
     """The deltas where their layers compute and in their dtype, in memory of their own.
 
-    Parts of a fused module share one `down`, and a caller's dictionary shares everything; parameters share nothing.
-    One buffer for each device and dtype, filled in one batched copy, costs less than a copy a tensor.
+    Parts of a fused module share one `down`, and a caller's dictionary shares everything; parameters share nothing, not
+    even a buffer: savers of a whole state dict (accelerate's, safetensors' `save_model`) keep one tensor of each. A
+    batched copy for each device and dtype costs less than a copy a tensor.
     """
     groups: dict[_Place, list[Tensor]] = {}
     wanted: list[tuple[Delta, dict[str, _Place]]] = []
     for binding, layer in bindings:
         device, dtype = adapter_place(layer.base_layer)
         places: dict[str, _Place] = {}
+        absolute = binding.delta.absolute
         for slot, tensor in binding.delta.tensors().items():
-            places[slot] = place = (device or tensor.device, dtype)
+            wide = torch.promote_types(dtype, torch.float32) if slot in absolute else dtype
+            places[slot] = place = (device or tensor.device, wide)
             groups.setdefault(place, []).append(tensor)
         wanted.append((binding.delta, places))
-    settled = {place: iter(_packed(tensors, *place)) for place, tensors in groups.items()}
+    settled = {place: iter(_copies(tensors, *place)) for place, tensors in groups.items()}
     return [delta.with_tensors({s: next(settled[place]) for s, place in places.items()}) for delta, places in wanted]
 
 
-def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Copies of the tensors, in one new buffer."""
+def _copies(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Copies of the tensors, each with its own memory."""
     move = BufferMover(device)
-    sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
-    starts = accumulate(sizes, initial=0)
-    targets = [part_of(buffer, tensor.shape, start) for tensor, start in zip(tensors, starts, strict=False)]
+    with writable():
+        targets = [torch.empty(tensor.shape, dtype=dtype, device=device) for tensor in tensors]
     torch._foreach_copy_(targets, [move(tensor.detach()) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
     return targets
 

@@ -1,6 +1,8 @@
 """Many tensors in one buffer: one allocation, one copy to a device, and views."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,11 @@ def part_of(buffer: Tensor, shape: Sequence[int], start: int) -> Tensor:
         strides.append(step)
         step *= size
     return buffer.as_strided(shape, strides[::-1], start)
+
+
+def writable() -> AbstractContextManager[Any]:
+    """For what is made in inference mode and written to in place later, which else could be done in that mode only."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class BufferMover:

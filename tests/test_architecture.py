@@ -41,7 +41,7 @@ BELOW: dict[str, set[str]] = {
     "writing": READING | {"headers", "kohya_names", "spelling"},
     "converting": READING | {"conversion", "writing"},
     "batch": READING | {"conversion", "converting", "version"},
-    "layers": {"deltas", "errors"},
+    "layers": {"buffers", "deltas", "errors"},
     # A live model's names are flattened by the same rule as those of a file.
     "layout": LIVE,
     "widening": LIVE | {"layout"},

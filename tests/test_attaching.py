@@ -5,11 +5,13 @@ import gc
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import Made, adapter_file, components_of, flux, photograph, pipeline
+from safetensors.torch import load_file, save_model
+from tiny_models import Made, adapter_file, components_of, flux, photograph, pipeline, render
 from torch import Tensor, nn
 
 import lora_loaders as ll
@@ -482,3 +484,45 @@ def test_a_dora_magnitude_of_another_size_is_a_problem_of_the_plan(shape: tuple[
 def test_a_factor_of_six_axes_is_malformed() -> None:
     with pytest.raises(MalformedAdapterError, match="do not multiply"):
         build({"down": torch.randn(2, 16, 1, 1, 1, 1), "up": torch.randn(32, 2)}, 1.0)
+
+
+def test_savers_of_whole_state_dictionaries_keep_every_parameter(pipe: Any, made: Made, tmp_path: Path) -> None:
+    pipe.load_lora_weights(made.tensors, "a")
+    save_model(pipe.unet, str(tmp_path / "model.safetensors"))
+    saved = load_file(tmp_path / "model.safetensors")
+    own = {key: tensor for key, tensor in pipe.unet.state_dict().items() if "lora_" in key}
+    assert own
+    assert [key for key, tensor in own.items() if key not in saved or not torch.equal(saved[key], tensor)] == []
+
+
+# Inference mode
+
+
+def changes_in_inference_mode() -> dict[str, Callable[[Any, Made], object]]:
+    return {
+        "load": lambda pipe, made: pipe.load_lora_weights(made.tensors, "b"),
+        "delete": lambda pipe, made: (pipe.load_lora_weights(made.tensors, "b"), pipe.delete_adapters("a")),
+        "fuse and unfuse": lambda pipe, made: (pipe.fuse_lora(), pipe.unfuse_lora()),
+        "move": lambda pipe, made: pipe.set_lora_device(["a"], "cpu"),
+        "follow": lambda pipe, made: pipe.set_adapters("a", lambda progress: progress),
+    }
+
+
+@pytest.mark.parametrize("change", changes_in_inference_mode())
+@pytest.mark.parametrize("algebra", ["lora", "dora"])
+def test_what_inference_mode_made_can_be_written_to_outside(change: str, algebra: str, pipe: Any, made: Made) -> None:
+    if algebra == "dora":
+        sizes = {key: len(tensor) for key, tensor in made.tensors.items() if "lora_B" in key}
+        made.tensors.update({k.replace("lora_B.weight", "dora_scale"): torch.ones(n, 1) for k, n in sizes.items()})
+    with torch.inference_mode():
+        pipe.load_lora_weights(made.tensors, "a")
+        changes_in_inference_mode()[change](pipe, made)
+    names = pipe.get_list_adapters()["unet"]
+    for weight in (0.5, 0.25):
+        pipe.set_adapters(names, [weight] * len(names))
+    pipe.load_lora_weights(made.tensors, names[-1], hotswap=True)
+    plain = ll.attach(pipeline("sd15"))
+    for name in names:
+        plain.load_lora_weights(made.tensors, name)
+    plain.set_adapters(names, [0.25] * len(names))
+    assert torch.equal(render(pipe), render(plain))

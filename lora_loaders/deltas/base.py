@@ -5,7 +5,7 @@ Pure tensors: nothing here knows of modules, files or names.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar, get_args
@@ -160,6 +160,14 @@ class Delta(ABC):
         """All tensor fields by name."""
         held = vars(self)
         return {name: held[name] for name in _tensor_fields(type(self)) if held[name] is not None}
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """Of `tensors()` those beside whose values the change is small, such as factors near 1.
+
+        What half precision rounds off them may be all of it.
+        """
+        return ()
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same delta with `change` applied to each tensor (a move, a cast)."""

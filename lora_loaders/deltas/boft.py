@@ -1,7 +1,7 @@
 """BOFT as PEFT writes it: butterfly rotations of the inputs, factors of the outputs (https://arxiv.org/abs/2311.06243)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -42,6 +42,11 @@ class InputBoftDelta(Delta):
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
         return self.tensors()
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """See `Delta.absolute`."""
+        return ("boft_s",)
 
     @property
     def shape(self) -> tuple[int, ...]:

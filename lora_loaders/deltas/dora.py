@@ -1,6 +1,6 @@
 """DoRA (https://arxiv.org/abs/2402.09353): any other delta, with the weight's norms set to a learned magnitude."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -46,6 +46,11 @@ class DoraDelta(Delta):
         """See `Delta.with_tensors`."""
         inner = {name: tensor for name, tensor in tensors.items() if name != "magnitude"}
         return replace(self, inner=self.inner.with_tensors(inner), magnitude=tensors.get("magnitude", self.magnitude))
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """See `Delta.absolute`: the norms, too."""
+        return (*self.inner.absolute, "magnitude")
 
     @property
     def shape(self) -> tuple[int, ...] | None:

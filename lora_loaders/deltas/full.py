@@ -1,6 +1,6 @@
 """Full differences, replaced values, and changes of a bias alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,6 +92,11 @@ class SetDelta(Delta):
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
         return {{"value": "set_weight"}.get(name, name): tensor for name, tensor in self.tensors().items()}
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """See `Delta.absolute`."""
+        return ("value",)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """IA3: ΔW scales rows or columns of the weight (https://arxiv.org/abs/2205.05638; LyCORIS)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -108,6 +108,11 @@ class GainDelta(Delta):
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""
         return self.tensors()
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """See `Delta.absolute`."""
+        return ("ia3_l",)
 
     @property
     def shape(self) -> tuple[int, ...]:

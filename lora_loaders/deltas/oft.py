@@ -5,7 +5,7 @@ the inputs; two algebras, told apart by their slots.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -54,6 +54,11 @@ class OftDelta(InUnits):
                 raise MalformedAdapterError(f"rescale has {rescale.numel()} elements, the OFT blocks {rows} rows")
             rescale = rescale.reshape(rows, 1)  # old LyCORIS: [n, b, 1]
         return cls(blocks=blocks, rescale=rescale, bias=slots.get("bias"), alpha=alpha, is_rotation=is_rotation)
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """See `Delta.absolute`: factors of rows, and rotations that are not said by their generator."""
+        return ("rescale", "blocks") if self.is_rotation else ("rescale",)
 
     def slots(self) -> dict[str, Tensor]:
         """See `Delta.slots`."""

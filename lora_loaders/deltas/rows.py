@@ -5,7 +5,7 @@ which every part of a split model holds some rows. Such parts know their sibling
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, ClassVar
@@ -112,6 +112,11 @@ class RowsDelta(Delta):
         """See `Delta.with_tensors`."""
         inner = {name: tensor for name, tensor in tensors.items() if name != "bias"}
         return replace(self, inner=self.inner.with_tensors(inner), bias=tensors.get("bias", self.bias))
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """Those of the inner delta."""
+        return self.inner.absolute
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """A sparse remainder beside any other delta (LyCORIS extraction with `use_sparse_bias`); it is added to the weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -78,6 +78,11 @@ class SparseDelta(Delta):
         """See `Delta.with_tensors`."""
         inner = {name: tensor for name, tensor in tensors.items() if name != "bias_values"}
         return replace(self, inner=self.inner.with_tensors(inner), values=tensors.get("bias_values", self.values))
+
+    @property
+    def absolute(self) -> Collection[str]:
+        """Those of the inner delta."""
+        return self.inner.absolute
 
     @property
     def shape(self) -> tuple[int, ...] | None:

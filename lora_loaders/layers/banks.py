@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_loaders.buffers import writable
 from lora_loaders.deltas import Factors
 
 Stack = Sequence[tuple[Factors, float]]
@@ -60,8 +61,9 @@ class Bank:
     def empty(cls, layers: int, like: Likeness) -> "Bank":
         """Room for so many layers."""
         place: Any = {"device": like.device, "dtype": like.dtype}
-        down = torch.empty(layers, like.capacity, *like.columns, **place)
-        return cls(down, torch.empty(layers, like.rows, like.capacity, **place))
+        with writable():
+            down = torch.empty(layers, like.capacity, *like.columns, **place)
+            return cls(down, torch.empty(layers, like.rows, like.capacity, **place))
 
     @classmethod
     def around(cls, down: Tensor, up: Tensor) -> "Bank":

@@ -226,7 +226,7 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
             return self._forward_trained(x, *args, **kwargs)
         if self._is_behind():
             self._rewrite_slot()
-        wide = x if self.slot_in_gain is None else self._along(x, 1 + self._scale() * self.slot_in_gain, x)
+        wide = x if self.slot_in_gain is None else self._gained(x, self._scale() * self.slot_in_gain)
         return self.add_to(self.base_layer(wide, *args, **kwargs), x)
 
     @property
@@ -238,7 +238,7 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
         """The base layer's output with what the slot holds for this input."""
         scale = self._scale()
         if self.slot_out_gain is not None:
-            out = self._along(out, 1 + scale * self.slot_out_gain, out)
+            out = self._gained(out, scale * self.slot_out_gain)
         if self.slot_bias is not None:
             out = out + self._shaped(scale * self.slot_bias, out)
         if self.slot_dense is not None:
@@ -348,11 +348,11 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
         if len(down):  # a gain alone has rank 0
             added = self.kind.low_rank(self.base_layer, given, down, up.to(down.dtype)) * factors.scaling
         if factors.in_gain is not None:
-            gained = self._along(given, factors.in_gain, given)
+            gained = self._along(given, factors.in_gain)
             added = added + self.kind.op(self.base_layer, gained, read_weight(self.base_layer).to(down.dtype))
         if factors.out_gain is not None:
             plain = out if self.bias is None else out - self._shaped(self.bias, out)
-            added = added + self._along(plain, factors.out_gain, plain)
+            added = added + self._along(plain, factors.out_gain)
         return added
 
     def _shaped(self, vector: Tensor, like: Tensor) -> Tensor:
@@ -364,8 +364,12 @@ class AdapterLayer(PeftNames, SlotBuffers, AdapterStore):
         spatial = self.weight.ndim - 2 if self.weight.ndim > 2 else like.ndim - 2
         return vector.view(-1, *[1] * spatial)
 
-    def _along(self, activations: Tensor, vector: Tensor, like: Tensor) -> Tensor:
-        return activations * self._shaped(vector, like).to(activations.dtype)
+    def _along(self, activations: Tensor, vector: Tensor) -> Tensor:
+        return activations * self._shaped(vector, activations).to(activations.dtype)
+
+    def _gained(self, activations: Tensor, gain: Tensor) -> Tensor:
+        """Activations times 1 + gain, which is not formed: rounding it would lose small gains of half precision."""
+        return torch.addcmul(activations, activations, self._shaped(gain, activations).to(activations.dtype))
 
     # What others read
 

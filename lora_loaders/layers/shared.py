@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_loaders.buffers import writable
 from lora_loaders.errors import AdapterStateError
 
 
 def _one() -> Tensor:
-    with torch.inference_mode(False):  # or it could be written to in inference mode only
+    with writable():
         return torch.ones((), dtype=torch.float64, device="cpu")
 
 

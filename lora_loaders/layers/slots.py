@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_loaders.buffers import writable
 from lora_loaders.deltas import Delta, Factors, Kron
 from lora_loaders.deltas.base import computing
 
@@ -260,8 +261,11 @@ def _put(layer: AdapterLayer, slot: str, value: Tensor | None) -> None:
         present.zero_()  # a compiled model has seen it
     elif value is not None and present is not None and present.shape == value.shape and present.device == value.device:
         present.copy_(value)
+    elif value is None:
+        layer.clear_slots((slot,))
     else:
-        layer.set_slot(slot, value)
+        with writable():
+            layer.set_slot(slot, value.clone() if value.is_inference() else value)
 
 
 def _total(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:

@@ -395,6 +395,55 @@ def test_low_precision_input_keeps_its_dtype() -> None:
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
+def nearly(weight: Tensor) -> dict[str, Slots]:
+    """Tensors that change a weight by about 0.35 %, of which half precision keeps nothing, or the double of it."""
+    out, inputs = weight.shape
+    lora = {"down": torch.zeros(2, inputs), "up": torch.zeros(out, 2)}
+    turn = torch.eye(4).repeat(out // 4, 1, 1)
+    turn[:, 0, 1], turn[:, 1, 0] = 0.0005, -0.0005
+    factor, ones = 1.0035, torch.ones(out, 1)
+    return {
+        "dora rows": {**lora, "magnitude": factor * weight.norm(dim=1, keepdim=True)},
+        "dora columns": {**lora, "magnitude": factor * weight.norm(dim=0, keepdim=True)},
+        "rescale": {"oft_blocks": torch.zeros(out // 4, 4, 4), "rescale": factor * ones},
+        "rotation": {"oft_diag": turn, "rescale": factor * ones},
+        "gain": {"ia3_l": factor * ones},
+        "boft": {"boft_R": torch.zeros(1, inputs // 2, 2, 2), "boft_s": factor * ones},
+        "set": {"set_weight": factor * weight},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", nearly(torch.ones(4, 4)))
+def test_a_change_that_half_precision_would_round_off_is_kept(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64).requires_grad_(False).to(dtype)
+    weight, x = base.weight.double(), torch.randn(64, 64).to(dtype)
+    delta = build({slot: tensor.float() for slot, tensor in nearly(weight)[name].items()}, None)
+    change = delta.delta_weight(weight).double()
+    assert change.norm() > 0.003 * weight.norm()
+    model: Any = wrapped(copy.deepcopy(base), delta)
+    layer = model["it"]
+    close(layer.delta("a").delta_weight(weight) / change.abs().max(), change / change.abs().max(), 1e-3)
+    wanted = x.double() @ change.T
+    # Each output is rounded to its own precision; that the change is there, and once, shows over all of them.
+    share = ((layer(x).double() - base(x).double()) * wanted).sum() / wanted.square().sum()
+    assert 0.5 < share < 1.5
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_a_small_gain_acts_in_inference_as_in_training(on_input: bool) -> None:
+    base, x = nn.Linear(64, 64).requires_grad_(False).bfloat16(), randn(64, 64).bfloat16()
+    gain = {"weight": torch.full((64,), 0.0035), "on_input": torch.tensor(int(on_input))}
+    model: Any = wrapped(copy.deepcopy(base), build(gain, None))
+    layer = model["it"]
+    changed = (layer(x) != base(x)).double().mean().item()
+    for parameter in layer.parameters_of("a"):
+        parameter.requires_grad_(True)
+    assert changed == pytest.approx((layer(x) != base(x)).double().mean().item(), abs=0.1)
+    assert changed > 0.5
+
+
 def test_a_layer_runs_under_autocast() -> None:
     base, x = base_of("linear", torch.float32)
     delta = delta_for("lora", base.weight.double()).map_tensors(Tensor.float)  # type: ignore[union-attr]
