@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -70,6 +71,8 @@ class _Batch:
     allow_pickle: bool
     earlier: Mapping[str, Outcome]
     families: Sequence[Family]
+    crowded: Collection[Path]
+    """Names that several of the files go to."""
 
     def convert(self, source: Path) -> Outcome:
         """Convert one file unless an earlier run did; whatever goes wrong with it is in the outcome."""
@@ -103,8 +106,12 @@ class _Batch:
 
     def _check_name(self, source: Path) -> None:
         rival = source.with_suffix(".safetensors")
-        if source != rival and rival.is_file():
-            raise AdapterFileError(f"{rival.name} beside it goes to the same name", state="Nothing was written.")
+        if source != rival and rival in self.crowded:
+            raise AdapterFileError(
+                f"another file beside it goes to the same name, {rival.name}",
+                mend="Rename one of them.",
+                state="Nothing was written of this one.",
+            )
 
     def _write(self, adapter: Adapter, target: Path) -> str:
         """Write the target, or find that it is there already to the last bit (a killed run's, which has no line)."""
@@ -167,7 +174,9 @@ def convert_folder(
     outcomes = _earlier(report)
     settings = {"format": format, "family": family, "dtype": str(dtype) if dtype else None}
     settings["version"] = __version__
-    batch = _Batch(source, target, settings, dtype, overwrite, allow_pickle, dict(outcomes), families)
+    names = Counter(file.with_suffix(".safetensors") for file in files)
+    crowded = {name for name, files in names.items() if files > 1}
+    batch = _Batch(source, target, settings, dtype, overwrite, allow_pickle, dict(outcomes), families, crowded)
     _write_report(report, outcomes)
     lock = threading.Lock()
     done: list[Outcome] = []
@@ -215,7 +224,9 @@ def _files_below(source: Path, target: Path, allow_pickle: bool) -> tuple[list[P
         )
     # Links to nothing are among them: they fail by themselves, and are said to.
     below = [
-        file for file in sorted(source.rglob("*")) if file.suffix in (".safetensors", *PICKLES) and not file.is_dir()
+        file
+        for file in sorted(source.rglob("*"))
+        if file.suffix.lower() in (".safetensors", *PICKLES) and not file.is_dir()
     ]
     aside = os.path.realpath(target)
     seen = [
@@ -224,13 +235,13 @@ def _files_below(source: Path, target: Path, allow_pickle: bool) -> tuple[list[P
         if not any(part.startswith(".") for part in file.relative_to(source).parts)
         and not Path(os.path.realpath(file)).is_relative_to(aside)
     ]
-    files = [file for file in seen if file.suffix in endings]
+    files = [file for file in seen if file.suffix.lower() in endings]
     if not files:
         what = f"{source} holds no {' or '.join(endings)} file" if source.is_dir() else f"no folder {source}"
         problems = [f"{file.relative_to(source)}: {PICKLE_SKIPPED}" for file in seen]
         mend = "Give a folder with adapters."
         raise AdapterFileError(what, problems=problems, mend=mend, state="Nothing was written.")
-    return files, [file for file in seen if file.suffix not in endings]
+    return files, [file for file in seen if file.suffix.lower() not in endings]
 
 
 def _line(outcome: Outcome) -> str:

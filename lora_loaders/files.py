@@ -82,7 +82,7 @@ def read(
     if isinstance(source, Mapping):
         return _from_mapping(source)
     path = locate(source, hub or HubOptions(), allow_pickle=allow_pickle)
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         if not allow_pickle:
             raise UnsafeFileError(
                 f"{path} is a pickle, which can run code when it is read",

@@ -78,7 +78,7 @@ def verify(
     allowed = use_safetensors is False
     path = locate(source, hub or HubOptions(), allow_pickle=allowed)
     try:
-        if path.suffix not in PICKLES:
+        if path.suffix.lower() not in PICKLES:
             read_header(path)
         contents = read(path, allow_pickle=allowed, lazily=True)
     except MalformedAdapterError as error:

@@ -232,6 +232,25 @@ def test_pickles_are_converted_with_leave_and_lose_against_a_file_of_the_same_na
     assert "goes to the same name" in str(outcomes["a.bin"].error)
 
 
+def test_of_files_that_go_to_one_name_none_is_lost(source: Path) -> None:
+    for seed, ending in enumerate(("pt", "bin", "ckpt")):
+        torch.save({key: tensor + seed for key, tensor in flux_kohya().tensors.items()}, source / f"p.{ending}")
+    for _ in range(2):
+        outcomes = go(source, use_safetensors=False, overwrite=True, jobs=4)
+        failed = {name: o for name, o in outcomes.items() if o.status == "failed"}
+        assert set(failed) == {"p.pt", "p.bin", "p.ckpt"}
+        assert all("p.safetensors" in str(o.error) and "Rename" in str(o.error) for o in failed.values())
+    assert not (source.with_name("out") / "p.safetensors").exists()
+
+
+def test_endings_in_capitals_are_endings(source: Path) -> None:
+    (source / "a.safetensors").rename(source / "A.SAFETENSORS")
+    torch.save(flux_kohya().tensors, source / "p.PT")
+    outcomes = go(source)
+    assert (outcomes["A.SAFETENSORS"].status, outcomes["p.PT"].status) == ("converted", "skipped")
+    assert outcomes["A.SAFETENSORS"].target == "A.safetensors"
+
+
 def test_target_below_the_source_is_left_alone(source: Path) -> None:
     out = source / "converted"
     assert statuses(go(source, target=out)) == dict.fromkeys(NAMES, "converted")
