@@ -128,7 +128,7 @@ def parse(
     families: Sequence[Family] = FAMILIES,
 ) -> Adapter:
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
-    scalings = Scalings.of(contents.metadata, contents.config, contents.label)
+    scalings = Scalings.of(contents.metadata, contents.config, contents.label, contents.tensors)
     modules, left, spelling = read_with_parameters(list(contents.tensors), scalings.configs, layout)
     modules = joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
