@@ -33,7 +33,7 @@ from .families.rules import Resolved
 from .files import Contents, read
 from .formats import RawModule, is_embedding
 from .locating import HubOptions
-from .peft_parameters import read_with_parameters
+from .peft_parameters import read_with_parameters, registered
 from .scaling import Scalings
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
@@ -171,6 +171,7 @@ def parse(
         unresolved=tuple(reading.unresolved),
         source=contents.label,
         ties=ties,
+        registered={} if layout is None else registered(reading.deltas, layout),
     )
 
 

@@ -29,7 +29,7 @@ BELOW: dict[str, set[str]] = {
     "deltas": {"errors"},
     "adapter": {"buffers", "deltas", "errors"},
     "peft_types": {"deltas", "errors"},
-    "peft_parameters": {"errors", "formats"},
+    "peft_parameters": {"adapter", "deltas", "errors", "formats"},
     "peft_kinds": {"errors"},
     "scaling": {"deltas", "errors", "peft_kinds", "peft_parameters", "peft_types"},
     "formats": {"adapter", "deltas", "errors"},
