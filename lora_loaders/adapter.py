@@ -46,6 +46,8 @@ class Adapter:
         unresolved: modules that found no place by name.
         source: what it was read from, for messages.
         ties: families that its names and shapes fit as well as `family`; empty where the caller or a model named it.
+        registered: `component.path` of a module whose raw parameters are changed -> the names of all its parameters, in
+            the order of a live model; known only where one was at hand.
     """
 
     deltas: Mapping[str, Mapping[str, Delta]]
@@ -58,6 +60,7 @@ class Adapter:
     unresolved: tuple[Unresolved, ...] = ()
     source: str = "a dictionary"
     ties: tuple[str, ...] = ()
+    registered: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{component}: {count} modules" for component, count in self.components.items())

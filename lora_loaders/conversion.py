@@ -33,7 +33,7 @@ from .families.rules import Resolved
 from .files import Contents, read
 from .formats import RawModule, is_embedding
 from .locating import HubOptions
-from .peft_parameters import read_with_parameters
+from .peft_parameters import read_with_parameters, registered
 from .scaling import Scalings, alpha_of
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
@@ -128,7 +128,7 @@ def parse(
     families: Sequence[Family] = FAMILIES,
 ) -> Adapter:
     """Tensors and metadata to an `Adapter`; see `read_adapter`."""
-    scalings = Scalings.of(contents.metadata, contents.config, contents.label)
+    scalings = Scalings.of(contents.metadata, contents.config, contents.label, contents.tensors)
     modules, left, spelling = read_with_parameters(list(contents.tensors), scalings.configs, layout)
     modules = joined_spellings(modules)
     embeddings = {key: contents.tensors[key] for key in left if is_embedding(key)}
@@ -171,6 +171,7 @@ def parse(
         unresolved=tuple(reading.unresolved),
         source=contents.label,
         ties=ties,
+        registered={} if layout is None else registered(reading.deltas, layout),
     )
 
 

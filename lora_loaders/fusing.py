@@ -301,7 +301,7 @@ def _fuse_one(
             state="Nothing was fused.",
         )
     if bias is not None and present is None:
-        base.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        base.bias = nn.Parameter(bias, requires_grad=False)  # diffusers' RMSNorm has a plain None of this name
     elif bias is not None and present is not None:
         present.data.copy_(bias)
     if originals is not None and change is not None:

@@ -1,9 +1,11 @@
 """PEFT's LoRA of raw parameters: keys name the module, and `target_parameters` in the configuration the parameter."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from .adapter import Adapter
+from .deltas import Delta
 from .errors import UNTOUCHED, ConversionError
 from .formats import RawModule, read_modules
 from .formats.grammar import split_prefix
@@ -48,7 +50,7 @@ def spelled_as_module(key: str, configs: Mapping[str, Mapping[str, Any]], owners
     match = KEY.match(key)
     if match is None:
         return key
-    _, component, path = split_prefix(match["path"])
+    _, component, path = split_prefix(match["path"].replace(".base_layer", ""))
     # A file of one model names no component; its header does.
     alone = next(iter(configs.values())) if len(configs) == 1 and not component else {}
     config = configs.get(key.partition(".")[0], configs.get("", alone))
@@ -68,23 +70,51 @@ def spelled_as_module(key: str, configs: Mapping[str, Mapping[str, Any]], owners
     return f"{match['path']}.{names[-1 - level]}{match['rest']}" if level < len(names) else key
 
 
-def wrapped(path: str, parameters: Collection[str]) -> str:
+def registered(deltas: Mapping[str, Mapping[str, Delta]], owners: Owners) -> dict[str, tuple[str, ...]]:
+    """`component.path` of every module whose parameters are changed -> its parameters, as the model registered them."""
+    places = [(c, path.rpartition(".")[0]) for c, own in deltas.items() for path, d in own.items() if d.of_parameter]
+    return {f"{c}.{owner}": tuple(owners.parameters(c, owner)) for c, owner in dict.fromkeys(places)}
+
+
+def parameters_of(adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """Path of every raw parameter that is changed -> all of its owner's, in the model's order; none if not known."""
+    places = [(c, path, path.rpartition(".")[0]) for c, path, delta in adapter.modules() if delta.of_parameter]
+    return {path: adapter.registered.get(f"{component}.{owner}", ()) for component, path, owner in places}
+
+
+def wrapped(path: str, parameters: Mapping[str, Sequence[str]]) -> str:
     """The path under which PEFT keeps the factors of a module or parameter, where it has wrapped owners of parameters.
 
+    Args:
+        path: of the module or parameter.
+        parameters: see `parameters_of`.
+
     Raises:
-        ConversionError: PEFT does not reach this parameter, or tells it from another by the model's order alone.
+        ConversionError: PEFT does not reach this parameter, or tells it from another by a model's order not known here.
     """
-    owners = [parameter.rpartition(".")[0] for parameter in parameters]
-    own = path.rpartition(".")[0] if path in parameters else path
+    changed: dict[str, list[str]] = {}
+    for parameter in parameters:
+        owner, _, name = parameter.rpartition(".")
+        changed.setdefault(owner, []).append(name)
+    own, _, name = path.rpartition(".") if path in parameters else (path, "", "")
     if not own:
         raise ConversionError("PEFT reaches no parameter of the model itself, only those of its modules")
-    if path in parameters and owners.count(own) > 1:
-        raise ConversionError(
-            f"PEFT tells the parameters of {own} from one another by the model's order alone, which is not known here"
-        )
     parts = own.split(".")
-    levels = [".base_layer" if ".".join(parts[:depth]) in owners else "" for depth in range(1, len(parts))]
-    return "".join(part + level + "." for part, level in zip(parts, levels, strict=False)) + parts[-1]
+    above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    outer = next((owner for owner in above if owner in changed), None)
+    if path in parameters and outer is not None:
+        raise ConversionError(f"PEFT reaches no parameter of {own}: it is inside {outer}, whose own are changed too")
+    later: Sequence[str] = ()
+    if path in parameters and len(changed[own]) > 1:
+        order = parameters[path]
+        if not set(changed[own]) <= set(order):
+            raise ConversionError(
+                f"PEFT tells the parameters of {own} from one another by the model's order alone, not known here",
+                mend='Load the adapter onto the model, and save it from there with format="peft".',
+            )
+        later = [other for other in order[order.index(name) + 1 :] if other in changed[own]]
+    levels = [*(len(changed.get(owner, ())) for owner in above), len(later)]
+    return ".".join(part + ".base_layer" * level for part, level in zip(parts, levels, strict=True))
 
 
 def _is_module(path: str, modules: str | Sequence[str]) -> bool:

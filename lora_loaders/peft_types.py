@@ -156,6 +156,10 @@ def refuse_unreadable(delta: Delta) -> None:
     inner = delta.inner if isinstance(delta, DoraDelta) else delta
     if delta.of_parameter and not isinstance(delta, LoraDelta | ExpertsDelta):
         raise ConversionError(f"PEFT changes raw parameters by LoRA alone, not by {delta.kind}", mend=PEFT_WAYS_OUT)
+    if delta.of_parameter and isinstance(delta, LoraDelta) and delta.down.ndim > 2:
+        raise ConversionError(
+            "PEFT has a pair for each expert of a parameter, not one for all", mend=f"{OTHER_FORMATS}."
+        )
     if isinstance(delta, DoraDelta) and not isinstance(inner, LoraDelta):
         raise ConversionError(f"PEFT leaves out the DoRA magnitude of a {inner.kind}", mend=PEFT_WAYS_OUT)
     if inner.bias is not None:

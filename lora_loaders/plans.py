@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta, RowsDelta, SetDelta
+from .deltas import Delta, ExpertsDelta, LoraDelta, SetDelta
+from .deltas.vectors import misfit_of_vectors
 from .errors import AdapterMismatchError
 from .joining import parted
 from .layers.base_weight import is_plain, logical_shape
@@ -207,12 +208,9 @@ def _bind(
             return None, f"{slot} of {tensor.dtype} and shape {tuple(tensor.shape)} is no weight"
         if tensor.is_meta and not unreal:
             return None, f"{slot} holds no data: it is on the meta device"
-    for bias in (tensors[name] for name in ("bias", "up_bias") if name in tensors):
-        if kind is EMBEDDING:
-            return None, "the adapter changes a bias too, and an embedding has none"
-        if bias.shape != own[:1]:
-            return None, f"the adapter's bias has the shape {tuple(bias.shape)}, the module {own[0]} outputs"
-    if (problem := _hinders_norms(delta, own)) is not None:
+    if kind is EMBEDDING and not tensors.keys().isdisjoint(("bias", "up_bias")):
+        return None, "the adapter changes a bias too, and an embedding has none"
+    if (problem := misfit_of_vectors(delta, own)) is not None:
         return None, problem
     if kind is PARAMETER and (problem := _hinders_parameter(base, delta)):
         return None, problem
@@ -239,17 +237,6 @@ def _bind(
                 "load it with FluxControlPipeline"
             )
     return None, f"the adapter is for a weight of shape {shape}, the module has {own}"
-
-
-def _hinders_norms(delta: Delta, own: tuple[int, ...]) -> str | None:
-    """Why DoRA's magnitude is none of this module's."""
-    dora = delta.inner if isinstance(delta, RowsDelta) else delta
-    if not isinstance(dora, DoraDelta):
-        return None
-    side, wanted = ("inputs", own[1]) if dora.per_input and len(own) > 1 else ("outputs", next(iter(own), 1))
-    if dora.magnitude.numel() == wanted:
-        return None
-    return f"its DoRA magnitude has the shape {tuple(dora.magnitude.shape)}, the module {wanted} {side}"
 
 
 def _hinders_groups(base: nn.Module, delta: Delta, own: tuple[int, ...]) -> str | None:

@@ -16,8 +16,9 @@ from .fusing import fused_adapters
 from .gates import changing
 from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer
-from .layout import adapter_layers
+from .layout import ModelLayout, adapter_layers
 from .loading import CONFIGS, LOADED, adapter_names
+from .peft_parameters import registered
 from .tuning.config import LoraConfig
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def capture(models: Mapping[str, nn.Module], name: str | None, family: Family | 
         config: LoraConfig = model.__dict__["peft_config"][chosen]
         metadata |= config.metadata
         own_family = own_family or config.family
-    return Adapter(deltas, family=own_family, metadata=metadata, source=f"the loaded adapter {chosen!r}")
+    order, source = registered(deltas, ModelLayout(models)), f"the loaded adapter {chosen!r}"
+    return Adapter(deltas, family=own_family, metadata=metadata, source=source, registered=order)
 
 
 def _held(layer: AdapterLayer, name: str) -> Delta:

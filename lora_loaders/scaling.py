@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
 from .errors import UNTOUCHED, MalformedAdapterError
+from .peft_kinds import refuse_kinds
 from .peft_parameters import is_target
 from .peft_types import by_path, configured, unscaled
 
@@ -30,24 +31,35 @@ class Scalings:
     """Rank and alpha of the header's `ss_network_dim` and `ss_network_alpha`."""
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str], config: Mapping[str, Any] | None, label: str) -> "Scalings":
-        """Gather what the header's metadata and the configuration file say; `label` names the file in errors."""
+    def of(
+        cls, metadata: Mapping[str, str], config: Mapping[str, Any] | None, label: str, keys: Iterable[str] = ()
+    ) -> "Scalings":
+        """Gather what the header's metadata and the configuration file say of these keys; `label` names the file.
+
+        Raises:
+            MalformedAdapterError: what is said has no meaning.
+            UnknownFormatError: the tensors are of a kind of PEFT's that is not read.
+        """
         configs: dict[str, Mapping[str, Any]] = {}
         if config is not None:
             configs[""] = config
         if METADATA_KEY in metadata:
             configs |= _by_component(_parsed(metadata[METADATA_KEY], label))
+        refuse_kinds(configs, keys, label)
         for config in configs.values():
             _check(config, label)
         return cls(configs, _kohya(metadata))
 
     def apply(self, delta: Delta, component: str, path: str | None, *, given: bool) -> Delta:
         """The delta with the alpha of its configuration, unless the file gave one (`given`)."""
+        config = self.configs.get(component, self.configs.get(""))
+        tuner = None if config is None else config.get("peft_type")
+        if isinstance(delta, LoraDelta | ExpertsDelta) and tuner not in (None, "LORA"):
+            raise MalformedAdapterError(f"PEFT's configuration says {tuner}, the keys are those of a LoRA")
         if given or path is None:
             return delta
         if isinstance(delta, DoraDelta):
             return replace(delta, inner=self.apply(delta.inner, component, path, given=given))
-        config = self.configs.get(component, self.configs.get(""))
         if not isinstance(delta, LoraDelta):
             return delta if config is None else configured(delta, config, path)
         if config is not None and config.get("lora_alpha") is not None:

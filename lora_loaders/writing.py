@@ -26,7 +26,7 @@ from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .kohya_names import NAMES_KEY, Flattened, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .peft_parameters import wrapped
+from .peft_parameters import parameters_of, wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
 
@@ -48,8 +48,8 @@ class _Writing:
     """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
     doras: set[str] = field(default_factory=set[str])
     """Those of them, as `component.name`, that are under DoRA."""
-    parameters: set[str] = field(default_factory=set[str])
-    """Paths of the raw parameters among what is changed."""
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Path of each raw parameter that is changed -> its owner's in the model's order."""
     tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     changes: list[Delta] = field(default_factory=list[Delta])
@@ -90,7 +90,7 @@ def to_tensors(
     if form.name == "peft" and len(components) > 1:
         writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
         writing.advise("Write one file for each component.")
-    writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
+    writing.parameters |= parameters_of(adapter)
     for component in components:
         prefix = _prefix(form, component, family)
         if prefix is None:

@@ -14,7 +14,7 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 LONGEST = 400
 
 READING = {"adapter", "deltas", "detection", "errors", "families", "files", "formats"}
-READING |= {"atomic", "lazy", "locating", "peft_parameters", "peft_types", "scaling"}
+READING |= {"atomic", "lazy", "locating", "peft_kinds", "peft_parameters", "peft_types", "scaling"}
 LIVE = {"adapter", "deltas", "errors", "families", "layers"}
 # Room -> the rooms it may import from. A room that is not named here may import from any, but never in a circle.
 BELOW: dict[str, set[str]] = {
@@ -29,8 +29,9 @@ BELOW: dict[str, set[str]] = {
     "deltas": {"errors"},
     "adapter": {"buffers", "deltas", "errors"},
     "peft_types": {"deltas", "errors"},
-    "peft_parameters": {"errors", "formats"},
-    "scaling": {"deltas", "errors", "peft_parameters", "peft_types"},
+    "peft_parameters": {"adapter", "deltas", "errors", "formats"},
+    "peft_kinds": {"errors"},
+    "scaling": {"deltas", "errors", "peft_kinds", "peft_parameters", "peft_types"},
     "formats": {"adapter", "deltas", "errors"},
     "families": {"adapter", "deltas", "errors"},
     "detection": {"deltas", "errors", "families", "formats"},

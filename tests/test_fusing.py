@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm
 from tiny_models import Made, adapter_file, bits, changed_bits, components_of, photograph, pipeline, render
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -491,6 +492,22 @@ def test_biases_are_fused_and_come_back() -> None:
         torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
     fusing.unfuse(model)
     assert model["plain"].base_layer.bias is None
+    assert changed_bits(before, model) == []
+
+
+def test_a_bias_is_fused_into_a_norm_of_diffusers_that_has_none() -> None:
+    model: Any = nn.ModuleDict({"norm": RMSNorm(12, 1e-6), "biased": RMSNorm(12, 1e-6, bias=True)}).double()
+    before, x, change = bits(model), torch.randn(3, 12).double(), torch.randn(12).double()
+    wanted = {path: norm(x) + change for path, norm in model.items()}
+    apply(
+        plan_adapter({"model": model}, Adapter({"model": {path: build({"bias": change}, None) for path in model}})), "x"
+    )
+    fusing.fuse(model)
+    for path, norm in model.items():
+        torch.testing.assert_close(norm.base_layer(x), wanted[path])
+        torch.testing.assert_close(norm(x), wanted[path])
+    fusing.unfuse(model)
+    assert model["norm"].base_layer.bias is None
     assert changed_bits(before, model) == []
 
 

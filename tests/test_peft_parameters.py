@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_loaders as ll
@@ -32,11 +33,12 @@ class Owner(nn.Module):
         self.down = nn.Parameter(torch.randn(EXPERTS, ROWS, COLUMNS))
         self.square = nn.Parameter(torch.randn(EXPERTS, ROWS, ROWS))
         self.flat = nn.Parameter(torch.randn(ROWS, COLUMNS))
+        self.also = nn.Parameter(torch.randn(ROWS, COLUMNS))
         self.project = nn.Linear(COLUMNS, COLUMNS)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.einsum("ni,eoi->no", self.project(x), self.up + self.down)
-        return torch.einsum("no,eoi->ni", y @ self.square.sum(0), self.table) @ self.flat.mT
+        return torch.einsum("no,eoi->ni", y @ self.square.sum(0), self.table) @ (self.flat + self.also).mT
 
 
 class Net(nn.Module):
@@ -78,6 +80,10 @@ CASES: list[tuple[list[str], dict[str, Any]]] = [
     (["block.up"], {}),
     (["block.up"], {"rank_pattern": {"block.up": 4}, "alpha_pattern": {"block.up": 5}}),
     (["block.flat"], {"target_modules": ["project"]}),
+    (["flat"], {"target_modules": ["block.project"]}),
+    # Not the model's order, nor the alphabet's.
+    (["block.down", "block.square", "block.flat", "block.up"], {"target_modules": ["project"]}),
+    (["block.square", "block.up"], {"rank_pattern": {"block.up": 4}, "alpha_pattern": {"block.square": 5}}),
 ]
 
 
@@ -122,6 +128,44 @@ def test_what_is_made_of_a_parameters_change_is_written_as_one(tmp_path: Path) -
 
 
 @pytest.mark.parity
+def test_owners_within_owners_are_refused_as_peft_fails_at_them(tmp_path: Path) -> None:
+    model: Any = nn.ModuleDict({"outer": nn.ModuleDict({"inner": nn.Module()})})
+    names = ["outer.table", "outer.inner.table"]
+    for owner in (model["outer"], model["outer"]["inner"]):
+        owner.register_parameter("table", nn.Parameter(torch.randn(ROWS, COLUMNS)))
+    with pytest.raises(AttributeError, match="no attribute `inner`"):
+        peft_folder(tmp_path, model, names)
+    with pytest.raises(ConversionError, match=r"inside outer, whose own are changed too"):
+        to_tensors(of_parameters(*names), "peft")
+
+
+@pytest.mark.parity
+def test_a_saved_model_has_pefts_keys_for_several_parameters(tmp_path: Path) -> None:
+    theirs = peft_folder(tmp_path / "theirs", net(), ["down", "square", "block.flat", "up"])
+    loaded(tmp_path / "theirs").save_lora_adapter(
+        tmp_path / "ours", "a", weight_name="adapter_model.safetensors", format="peft"
+    )
+    keys, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert keys.keys() == ours.keys()
+    assert all(torch.equal(ours[key], keys[key]) for key in keys)
+    again = type(theirs).from_pretrained(net(), str(tmp_path / "ours")).double()
+    x = torch.randn(4, COLUMNS, dtype=torch.float64)
+    torch.testing.assert_close(again(x).detach(), theirs(x).detach())
+
+
+@pytest.mark.parity
+def test_what_is_made_of_several_parameters_changes_is_written_in_the_models_order(tmp_path: Path) -> None:
+    theirs = peft_folder(tmp_path / "theirs", net(), ["block.also", "block.flat"])
+    x = torch.randn(4, COLUMNS, dtype=torch.float64)
+    adapter = ll.plan(net(), tmp_path / "theirs").adapter
+    for number, done in enumerate((ll.resize(adapter, rank=1), ll.merge([adapter, adapter], [0.5, 0.5]))):
+        folder = ll.write_adapter(done.adapter, tmp_path / str(number), "peft").parent
+        ours = loaded(folder)(x)
+        assert (ours - net()(x)).abs().max() > 1e-2
+        torch.testing.assert_close(type(theirs).from_pretrained(net(), str(folder)).double()(x).detach(), ours)
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_several_parameters_of_a_module_are_told_by_the_models_order(is_transposed: bool, tmp_path: Path) -> None:
     names = ["down", "square", "block.flat", "up"]
@@ -159,8 +203,9 @@ def of_parameters(*paths: str, slots: dict[str, Tensor] | None = None) -> Adapte
         (of_parameters("table"), "no parameter of the model itself"),
         (of_parameters("block.one", "block.other"), "order alone"),
         (of_parameters("block.one", slots={"diff": torch.ones(2, 3)}), "LoRA alone"),
+        (of_parameters("block.one", slots={"down": torch.ones(2, 5, 4), "up": torch.ones(6, 2, 1)}), "pair for each"),
     ],
-    ids=["top", "two", "full"],
+    ids=["top", "two", "full", "experts"],
 )
 def test_what_peft_cannot_say_of_parameters_is_refused(adapter: Adapter, reason: str) -> None:
     with pytest.raises(ConversionError, match=reason):

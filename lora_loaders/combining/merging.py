@@ -134,7 +134,14 @@ def merge(
     embeddings = {token: vector for adapter in adapters for token, vector in adapter.embeddings.items()}
     names = ", ".join(adapter.source for adapter in adapters)
     first = adapters[0]
-    whole = Adapter(deltas, family=first.family, format=first.format, embeddings=embeddings, source=f"merged: {names}")
+    whole = Adapter(
+        deltas,
+        family=first.family,
+        format=first.format,
+        embeddings=embeddings,
+        source=f"merged: {names}",
+        registered={place: order for adapter in adapters for place, order in adapter.registered.items()},
+    )
     return Approximation(with_record(whole, fits, "merge", [a.source for a in adapters], facts), fits)
 
 

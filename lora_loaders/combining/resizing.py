@@ -15,6 +15,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source, read_adapter
 from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta, SetDelta
+from lora_loaders.deltas.vectors import misfit_of_vectors
 from lora_loaders.errors import ConversionError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.lazy import FileTensor, form_of
@@ -25,6 +26,7 @@ from .goals import Goal
 
 KERNELS = re.compile(r"(^|\.)(conv(\d|_in|_out|_depth)?|patch_embedding)$")
 """Names of the modules that have a kernel larger than 1 in every family; `conv_shortcut` has none."""
+OTHER_MODEL = "Is it the model that the adapter was made for?"
 Tick = Callable[[str], None]
 
 
@@ -151,8 +153,17 @@ def base_for(delta: Delta, base: Base) -> Base:
     """The module's own, a weight with zeros for inputs that only the change has (Control LoRAs).
 
     Raises:
-        ConversionError: the change is for a weight of another shape.
+        ConversionError: the change is for a weight of another shape, or for more or fewer outputs or inputs.
     """
+    own = _widened_for(delta, base)
+    sizes = own.weight if own.weight is not None else own.bias
+    is_laid_out = delta.shape is None or own.weight is None or delta.fits(own.weight.shape)
+    if sizes is not None and is_laid_out and (misfit := misfit_of_vectors(delta, sizes.shape)) is not None:
+        raise ConversionError(misfit, mend=OTHER_MODEL)
+    return own
+
+
+def _widened_for(delta: Delta, base: Base) -> Base:
     shape, weight = delta.shape, base.weight
     if shape is None or weight is None or delta.fits(weight.shape):
         return base
@@ -162,7 +173,7 @@ def base_for(delta: Delta, base: Base) -> Base:
         return base._replace(weight=F.pad(weight, (0, shape[1] - weight.shape[1])))
     raise ConversionError(
         f"the change is for a weight of shape {shape}, the base model's has {tuple(weight.shape)}",
-        mend="Is it the model that the adapter was made for?",
+        mend=OTHER_MODEL,
     )
 
 

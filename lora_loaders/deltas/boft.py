@@ -19,7 +19,8 @@ class InputBoftDelta(Delta):
     """W' = boft_s · W M₀ᵀ M₁ᵀ …, with Mᵢ = Pᵢ D Pᵢᵀ and D = (I − Q)(I + Q)⁻¹ in blocks, Q = (R − Rᵀ) / 2.
 
     Pᵢ gathers half blocks: within each group of 2ⁱ blocks the even halves come first, then the odd ones. A
-    convolution's inputs are its unfolded patches `[in·kh·kw]` (PEFT `tuners/boft/layer.py`).
+    convolution's inputs are its unfolded patches `[in·kh·kw]` (PEFT `tuners/boft/layer.py`). Of a grouped one they may
+    be those of one group, turned alike in all, or of all groups, where no stage reaches from one into another.
 
     Attributes:
         boft_R: `[stages, n, b, b]` with n · b inputs.
@@ -55,7 +56,15 @@ class InputBoftDelta(Delta):
 
     def fits(self, weight_shape: Sequence[int]) -> bool:
         """See `Delta.fits`; a kernel is flattened."""
-        return self.shape == (weight_shape[0], math.prod(weight_shape[1:]))
+        groups, columns = self.input_groups(weight_shape), math.prod(weight_shape[1:])
+        stages, size = self.boft_R.shape[0], self.boft_R.shape[2]
+        # The last stage turns each half block with that at half its group's length.
+        stay_apart = groups == 1 or (columns % (size << (stages - 1)) == 0 and weight_shape[0] % groups == 0)
+        return self.shape == (weight_shape[0], groups * columns) and stay_apart
+
+    def input_groups(self, weight_shape: Sequence[int]) -> int:
+        """See `Delta.input_groups`."""
+        return max(1, self.shape[1] // math.prod(weight_shape[1:])) if len(weight_shape) > 2 else 1
 
     @property
     def needs_base(self) -> bool:
@@ -71,14 +80,14 @@ class InputBoftDelta(Delta):
         identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
         # D − I, because a small rotation's difference would lose its digits in D itself.
         turns = torch.linalg.solve(identity + skew, -2 * skew)
-        count, size = turns.shape[1:3]
-        weight = base.to(turns.dtype).flatten(1)
+        groups, size = self.input_groups(base.shape), turns.shape[2]
+        weight = base.to(turns.dtype).reshape(groups, base.shape[0] // groups, -1)
         change = torch.zeros_like(weight)
-        for stage, turn in enumerate(turns):
-            order = _evens_first(count * size, size << stage, size // 2 if len(turns) > 1 else size)
-            gathered = (weight + change)[:, order.argsort()].view(len(weight), count, size)
-            change = change + torch.einsum("onk,nck->onc", gathered, turn).flatten(1)[:, order]
-        scale = computing(self.boft_s).view(-1, 1)
+        for stage, turn in enumerate(turns.unflatten(1, (groups, -1))):
+            order = _evens_first(weight.shape[2], size << stage, size // 2 if len(turns) > 1 else size)
+            gathered = (weight + change)[..., order.argsort()].unflatten(2, (-1, size))
+            change = change + torch.einsum("gonk,gnck->gonc", gathered, turn).flatten(2)[..., order]
+        scale = computing(self.boft_s).view(groups, -1, 1)
         return (scale * change + (scale - 1) * weight).view(base.shape)
 
     def map_rows(self, change: RowMap) -> Self:

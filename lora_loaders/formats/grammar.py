@@ -170,6 +170,8 @@ DROPPED: tuple[tuple[str, str], ...] = (
     ("_aux.", "helper data of a slider tool, no weight"),
     ("lora_controlnet", "adapter of a ControlNet, which is another model"),
 )
+# PEFT's VeLoRA and MonteCLoRA save these beside the factors of an ordinary LoRA.
+OF_TRAINING = re.compile(r"\.lora_(?:velora_embed|monteclora_sampler)(?:\.|$)")
 EMBEDDING = re.compile(r"^(?:<[^>]+>|bundle_emb\..+|emb_params)$")
 
 
@@ -247,6 +249,8 @@ def split_key(key: str) -> Key | None:
 
 def drop_reason(key: str) -> str | None:
     """Why a key is left out on purpose, or None."""
+    if OF_TRAINING.search(key) is not None:
+        return "state of its training, no part of the change"
     return next((reason for start, reason in DROPPED if key.startswith(start)), None)
 
 

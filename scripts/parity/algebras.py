@@ -34,7 +34,7 @@ import lora_loaders as ll
 from lora_loaders import fusing
 from lora_loaders.attaching import apply
 from lora_loaders.conversion import parse
-from lora_loaders.errors import MalformedAdapterError
+from lora_loaders.errors import MalformedAdapterError, UnsupportedBaseError
 from lora_loaders.files import read
 from lora_loaders.layout import ModelLayout
 from lora_loaders.plans import AttachPlan, plan_adapter
@@ -48,6 +48,7 @@ STEPS = ("ΔW", "forward", "fuse", "reload")
 LAWS = (
     "joins inputs that the groups of this convolution keep apart: its weight has no place for such a change",
     "the adapter changes a bias too, and an embedding has none",
+    "the adapter changes a bias too, and a raw parameter has none",
 )
 """What our errors say where a change is no change of that layer at all."""
 
@@ -90,8 +91,10 @@ class Cells:
     notes: dict[str, str] = field(default_factory=dict)
 
     def put(self, step: str, dtype: torch.dtype, one: Tensor, other: Tensor) -> float:
+        """Note an error; where a step has two, of a weight and of a bias, the larger stands."""
         error = relative(one, other)
-        self.errors.setdefault(step, {})[dtype] = error
+        kept = self.errors.setdefault(step, {})
+        kept[dtype] = max(error, kept.get(dtype, 0.0))
         return error
 
     def show(self, step: str, tolerance: Mapping[torch.dtype, float]) -> str:
@@ -270,7 +273,7 @@ def measure(algebra: Algebra, layer: str, name: str) -> tuple[Cells, Cells]:
     for dtype in DTYPES:
         torch.manual_seed(1)
         net = Net(LAYERS[layer].make).to(dtype).eval()
-        if LAYERS[layer].kind == "norm":
+        if LAYERS[layer].kind in ("norm", "norm without bias"):
             randomised(net.parameters(), 4)
         x = inputs(LAYERS[layer], dtype)
         with tempfile.TemporaryDirectory() as folder:
@@ -343,9 +346,16 @@ def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, fo
     wanted = change_of(slots, weight.double(), alpha)
     twin: Any = copy.deepcopy(net.it).double()
     values = {parameter: weight.double() + wanted}
-    if getattr(twin, "bias", None) is not None:
-        values["bias"] = twin.bias + bias_change(slots, twin.bias, alpha)
+    own_bias = getattr(net.it, "bias", None)
+    start = torch.zeros(len(weight), dtype=torch.float64) if own_bias is None else own_bias.detach().double()
+    wanted_bias = bias_change(slots, start, alpha)
+    changes_bias = bool(wanted_bias.any())
+    if own_bias is not None or (changes_bias and hasattr(twin, "bias")):
+        twin.bias = nn.Parameter(start)
+        values["bias"] = start + wanted_bias
     truth = torch.func.functional_call(twin, values, (x.double() if x.is_floating_point() else x,)).detach()
+    if changes_bias and "bias" not in values:
+        truth = truth + wanted_bias  # a layer that knows no bias: it is added behind it
     ours = delta.delta_weight(weight).view(weight.shape)
     formula.put("ΔW", dtype, ours, wanted)
     apply(done, "x")
@@ -353,14 +363,25 @@ def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, fo
     with torch.no_grad():
         out = model(x)
     formula.put("forward", dtype, out, truth)
-    fused = fused_and_back(model, parameter)
-    formula.put("fuse", dtype, fused, weight.double() + wanted)
+    fused, fused_bias = None, None
+    try:
+        fused, fused_bias = fused_and_back(model, parameter)
+        formula.put("fuse", dtype, fused, weight.double() + wanted)
+    except UnsupportedBaseError as error:
+        formula.reasons["fuse"] = f"impossible: {error.what}"
+    if changes_bias:
+        formula.put("ΔW", dtype, told(delta.delta_bias(own_bias)), wanted_bias)
+    if changes_bias and fused is not None:
+        formula.put("fuse", dtype, told(fused_bias), values["bias"])
     path = folder / "ours" if peer.format == "peft" else folder / "ours.safetensors"
     written = ll.write_adapter(adapter, path, peer.format)
     source = written.parent if peer.format == "peft" else written
-    again = planned(copy.deepcopy(net), source).bindings[0].delta.delta_weight(weight).view(weight.shape)
+    reread = planned(copy.deepcopy(net), source).bindings[0].delta
+    again = reread.delta_weight(weight).view(weight.shape)
     formula.put("reload", dtype, again, wanted)
-    if peer.forward == "":
+    if changes_bias:
+        formula.put("reload", dtype, told(reread.delta_bias(own_bias)), wanted_bias)
+    if peer.forward == "" or fused is None:
         return
     whole = weight.double() + wanted
     beside(theirs, peer, "forward", dtype, out, peer.forward, truth)
@@ -372,8 +393,14 @@ def compare(algebra: Algebra, net: Net, x: Tensor, peer: Peer, theirs: Cells, fo
     beside(theirs, peer, "reload", dtype, own, back, whole, weight.double() + again.double())
 
 
-def fused_and_back(model: nn.Module, parameter: str) -> Tensor:
-    """The fused weight; unfusing must leave every bit as it was."""
+def told(bias: Tensor | None) -> Tensor:
+    """The change of a bias that there is to be."""
+    assert bias is not None
+    return bias
+
+
+def fused_and_back(model: nn.Module, parameter: str) -> tuple[Tensor, Tensor | None]:
+    """The fused weight and bias; unfusing must leave every bit as it was."""
 
     def photographed() -> dict[str, Tensor]:
         own = {name.replace("base_layer.", ""): tensor for name, tensor in model.named_parameters()}
@@ -381,12 +408,12 @@ def fused_and_back(model: nn.Module, parameter: str) -> Tensor:
 
     before = photographed()
     fusing.fuse(model)
-    fused = photographed()[f"it.{parameter}"]
+    fused = photographed()
     fusing.unfuse(model)
     after = photographed()
     for name, tensor in before.items():
         assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), f"unfusing left {name} changed"
-    return fused
+    return fused[f"it.{parameter}"], fused.get("it.bias")
 
 
 def beside(
@@ -433,7 +460,7 @@ def rows(only: str) -> list[list[str]]:
                         kept = merged.errors.setdefault(step, {})
                         kept[dtype] = max(error, kept.get(dtype, 0.0))
             if merged.errors:
-                merged.reasons = {}
+                merged.reasons = {step: reason for step, reason in merged.reasons.items() if step not in merged.errors}
             cells = [measured[name][0].show(step, PEER_ROUNDING) for name in PEERS for step in STEPS]
             table.append([algebra.name, layer, *cells, *(merged.show(step, TOLERANCE) for step in STEPS)])
             print(" | ".join(table[-1]), flush=True)
@@ -444,7 +471,8 @@ TITLE = """# Every algebra beside lycoris-lora, PEFT and its closed formula
 
 {}, CPU; `python scripts/parity/algebras.py --output <this file>`
 
-A cell is the largest error relative to the largest value, float32 / float64. Files that the peer wrote are the inputs,
+A cell is the largest error relative to the largest value, float32 / float64; where a change has a bias, of its too,
+the larger. Files that the peer wrote are the inputs,
 and where no trainer writes a thing, files made by hand; where a peer does not know a layer, those for a plain one;
 "reload" is the peer's merge of the file that is written here against its merge of its own. A peer's ΔW is taken from
 its merged weight. In brackets stands what the peer itself gets wrong against the formula, or its own words where it

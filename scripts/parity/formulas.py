@@ -163,7 +163,10 @@ def onetrainer_rotation(scaled: bool) -> Formula:
 
 def input_butterfly(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
     blocks = s["boft_R"]
-    turned = w.flatten(1)
+    columns = w[0].numel()
+    # As many blocks as a grouped convolution has inputs in all: each group's rows have zeros for those of the others.
+    groups = blocks.shape[1] * blocks.shape[2] // columns
+    turned = torch.block_diag(*w.flatten(1).chunk(groups))
     for stage in range(len(blocks)):
         size = blocks.shape[-1]
         permutation = torch.eye(turned.shape[1], dtype=w.dtype)
@@ -179,7 +182,8 @@ def input_butterfly(s: Slots, w: Tensor, alpha: float | None) -> Tensor:
             permutation = permutation[order]
         whole = torch.block_diag(*cayley(-(blocks[stage] - blocks[stage].mT) / 2))
         turned = turned @ (permutation @ whole @ permutation.T).T
-    return (s["boft_s"].view(-1, 1) * turned).view(w.shape) - w
+    own = [rows[:, g * columns : (g + 1) * columns] for g, rows in enumerate(turned.chunk(groups))]
+    return (s["boft_s"].view(-1, 1) * torch.cat(own)).view(w.shape) - w
 
 
 def glora(s: Slots, w: Tensor, alpha: float | None) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 IN, OUT = 16, 32
+NORMS = ("norm", "norm without bias")
 
 
 class Table(nn.Module):
@@ -86,9 +87,9 @@ LAYERS: Mapping[str, Layer] = {
     "Conv3d": Layer("conv", lambda: nn.Conv3d(IN, OUT, (1, 3, 3), padding=(0, 1, 1)), (2, IN, 2, 4, 4)),
     "LayerNorm": Layer("norm", lambda: nn.LayerNorm(IN), (2, 3, IN)),
     "GroupNorm": Layer("norm", lambda: nn.GroupNorm(4, IN), (2, IN, 6, 6)),
-    "RMSNorm": Layer("norm", lambda: nn.RMSNorm(IN), (2, 3, IN)),
+    "RMSNorm": Layer("norm without bias", lambda: nn.RMSNorm(IN), (2, 3, IN)),
     "RMSNorm of diffusers": Layer("norm", lambda: RMSNorm(IN, 1e-6), (2, 3, IN)),
-    "T5LayerNorm": Layer("norm", lambda: T5LayerNorm(IN), (2, 3, IN)),
+    "T5LayerNorm": Layer("norm without bias", lambda: T5LayerNorm(IN), (2, 3, IN)),
     "raw parameter": Layer("parameter", Table, (2, 3, IN), "modulation"),
     "raw parameter of experts": Layer("experts", Experts, (2, 3, IN), "projections"),
 }
@@ -137,6 +138,12 @@ def padded(w: Tensor) -> Shapes:
 def old_glora(w: Tensor) -> Shapes:
     shapes = {"a1": (4, IN), "a2": (IN, 4), "b1": (4, IN), "b2": (OUT, 4)}
     return {f".{name}.weight": shape for name, shape in shapes.items()} | {".alpha": torch.tensor(2.0)}
+
+
+def old_conv_glora(w: Tensor) -> Shapes:
+    new = conv_glora(w)
+    names = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+    return {f".{old}.weight": new[f".{name}.weight"] for old, name in names.items()}
 
 
 def rotations(w: Tensor) -> Shapes:
@@ -301,6 +308,7 @@ ALGEBRAS: tuple[Algebra, ...] = (
     Algebra("GLoRA", glora, {"algo": "glora"}, NO_PEFT_GLORA, ("conv",), conv_glora),
     Algebra("GLoRA, Tucker", glora, {"algo": "glora", "use_tucker": True}, NO_PEFT_GLORA, ("conv",), tucker_glora),
     Algebra("GLoRA, older names", glora, "LyCORIS has it no more", on=("linear", "embedding"), by_hand=old_glora),
+    Algebra("GLoRA, older names", glora, "LyCORIS has it no more", on=("conv",), by_hand=old_conv_glora),
     Algebra("IA3", ia3, {"algo": "ia3"}, "PEFT's gains take the bias along: the next rows"),
     Algebra("IA3 of outputs with bias", gains(on_input=False), "LyCORIS leaves the bias: the row above", (
         "IA3Config", {"feedforward_modules": []}), by_hand=peft_gains(0),
@@ -309,16 +317,20 @@ ALGEBRAS: tuple[Algebra, ...] = (
         "IA3Config", {"feedforward_modules": ["it"]}), by_hand=peft_gains(1),
             config={"peft_type": "IA3", "feedforward_modules": ["it"]}),
     Algebra("full difference", full, {"algo": "full"}, "PEFT has none (`modules_to_save` replaces modules)",
-            ("linear", "embedding", "conv", "norm", "parameter", "experts"), lambda w: {".diff": w.shape}),
-    Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, on=("norm",),
+            ("linear", "embedding", "conv", *NORMS, "parameter", "experts"), lambda w: {".diff": w.shape}),
+    Algebra("norm difference", full, {"algo": "lora", "train_norm": True}, on=NORMS,
             by_hand=lambda w: {".w_norm": w.shape}),
     Algebra("difference of a modulation", full, on=("parameter",), by_hand=lambda w: {".diff_m": w.shape}),
     Algebra("difference of a bias", nothing, "LyCORIS writes it beside a full difference: the row above",
-            on=("linear", "conv"), by_hand=lambda w: {".diff_b": w.shape[:1]}),
-    Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", "norm", "parameter", "experts"),
+            on=("linear", "embedding", "conv", *NORMS, "parameter"), by_hand=lambda w: {".diff_b": w.shape[:1]}),
+    Algebra("difference of a norm's bias", nothing, "LyCORIS writes it beside that of the weight: the rows above",
+            on=NORMS, by_hand=lambda w: {".b_norm": w.shape}),
+    Algebra("replaced weight", replaced, on=("linear", "embedding", "conv", *NORMS, "parameter", "experts"),
             by_hand=lambda w: {".set_weight": w.shape}),
     Algebra("LoRA, sparse remainder", with_remainder(low_rank), EXTRACTED, by_hand=remainder),
     Algebra("LoRA, reshape_weight", low_rank, "ComfyUI writes it", on=("narrow",), by_hand=padded),
+    Algebra("DoRA, reshape_weight", decomposed(low_rank), "ComfyUI writes it", on=("narrow",),
+            by_hand=under_dora(padded)),
     Algebra("DoRA over OFT", decomposed(turned), NO_DORA, NO_PEFT_DORA, by_hand=under_dora(rotations)),
     Algebra("DoRA over BOFT", decomposed(butterfly), NO_DORA, NO_PEFT_DORA,
             by_hand=under_dora(lambda w: {".oft_blocks": (2, OUT // 4, 4, 4)})),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -278,6 +280,38 @@ def test_a_base_model_of_other_shapes_is_refused(name: str) -> None:
             make()
         assert "for a weight of shape" in refused.value.problems[0]
         assert "has (8, 6)" in refused.value.problems[0]
+
+
+LORA = LoraDelta(up=randn(8, 3), down=randn(3, 6))
+MISFITS = {
+    "bias": (replace(LORA, bias=randn(9)), r"bias has the shape \(9,\), the module 8 outputs"),
+    "lora_bias": (replace(LORA, up_bias=randn(9)), r"bias has the shape \(9,\), the module 8 outputs"),
+    "bias alone": (FullDelta(bias=randn(1)), r"bias has the shape \(1,\), the module 8 outputs"),
+    "outputs": (DoraDelta(inner=LORA, magnitude=randn(9)), r"magnitude has the shape \(9,\), the module 8 outputs"),
+    "one": (DoraDelta(inner=LORA, magnitude=randn(1)), r"magnitude has the shape \(1,\), the module 8 outputs"),
+    "inputs": (DoraDelta(inner=LORA, magnitude=randn(1, 7)), r"magnitude has the shape \(1, 7\), the module 6 inputs"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_magnitudes_and_biases_of_another_size_than_the_modules_are_refused(case: str) -> None:
+    delta, reason = MISFITS[case]
+    model, adapter = nn.ModuleDict({"a": nn.Linear(6, 8)}), ll.Adapter({"transformer": {"a": delta}})
+    before = model["a"].weight.detach().clone()
+    for make in (
+        lambda: ll.resize(adapter, rank=2, model=model),
+        lambda: ll.to_full(adapter, model=model),
+        lambda: ll.merge([adapter, adapter], rank=2, model=model),
+    ):
+        with pytest.raises(ConversionError) as refused:
+            make()
+        (problem,) = refused.value.problems
+        assert re.search(reason, problem)
+        assert refused.value.mend == "Is it the model that the adapter was made for?"
+        assert refused.value.state == "Nothing was written."
+    assert torch.equal(model["a"].weight, before)
+    (told,) = ll.plan(model, adapter).problems
+    assert re.search(reason, told)  # a load refuses it too
 
 
 def test_a_control_lora_is_made_with_the_model_that_it_widens() -> None:
