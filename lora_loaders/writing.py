@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .atomic import atomic
 from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
+from .deltas.base import join_all
 from .deltas.rows import rows_in
 from .detection import family_named, is_last_by_rows
 from .errors import AdapterFileError, ConversionError
@@ -288,11 +289,7 @@ def _join(resolved: Resolved, parts: Mapping[str, Delta]) -> Delta:
     known, sample = next(iter(parts.items()))
     unit = sample.out_features // shares[known]
     whole = [parts.get(path) or _zero(sample, unit * shares[path]) for path in resolved.paths]
-    kinds = {type(part) for part in whole}
-    if len(kinds) > 1:
-        mixed = ", ".join(sorted(kind.kind for kind in kinds))
-        raise ConversionError(f"the parts of this fused module are of different algebras ({mixed})")
-    return type(sample).join(whole)
+    return join_all(whole)
 
 
 def _zero(like: Delta, rows: int) -> Delta:
