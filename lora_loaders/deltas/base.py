@@ -276,6 +276,11 @@ def whole_units(rows: Tensor, unit: int) -> Tensor | None:
     return starts.flatten() // unit if whole else None
 
 
+def is_butterfly(stages: int, count: int, size: int) -> bool:
+    """Whether stages can pair half blocks within 1, 2, 4, … of these blocks, as BOFT's do."""
+    return stages > 0 and size % 2 == 0 and count % 2 ** (stages - 1) == 0
+
+
 def join_all(parts: Sequence[Delta]) -> Delta:
     """Stack parts of any algebra along the output rows; see `Delta.join`.
 

@@ -84,8 +84,8 @@ class DoraDelta(Delta):
         return self.magnitude.shape[0] if rows == -1 and not self.per_input else rows
 
     def fits(self, weight_shape: Sequence[int]) -> bool:
-        """See `Delta.fits`."""
-        return self.inner.fits(weight_shape)
+        """See `Delta.fits`; a vector has no rows and columns to norm."""
+        return len(weight_shape) > 1 and self.inner.fits(weight_shape)
 
     def input_groups(self, weight_shape: Sequence[int]) -> int:
         """See `Delta.input_groups`."""
