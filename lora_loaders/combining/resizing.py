@@ -41,6 +41,7 @@ def resize(
     device: torch.device | str | None = None,
     on_module: Tick | None = None,
     families: Sequence[Family] = FAMILIES,
+    action: str = "resize",
 ) -> Approximation:
     """The nearest adapter of LoRAs with smaller ranks; with no goal given, every algebra's exact LoRA.
 
@@ -59,6 +60,7 @@ def resize(
         device: where to compute.
         on_module: called with the place of each module that is done.
         families: the families to tell apart; pass your own beside `FAMILIES` to add one.
+        action: what the file's history calls this step.
 
     Raises:
         AdapterFileError: the source cannot be read.
@@ -70,9 +72,8 @@ def resize(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_lora(delta, goal, base.weight, dtype, base.bias)
 
-    return _changed(
-        read_whole(source, family, families), change, "resize", settings, model, device, on_module, families
-    )
+    adapter = read_whole(source, family, families)
+    return _changed(adapter, change, action, settings, model, device, on_module, families)
 
 
 def to_full(

@@ -105,6 +105,9 @@ def test_convert_as_full_and_back_as_lora_keeps_the_change(run: Run, file: Path,
     assert done.exit_code == 0, done.stderr
     assert error_between(file, back, TO_Q) < 1e-5
     assert "relative error of ΔW" in done.stdout
+    with safe_open(back, "pt") as opened:
+        steps = json.loads(opened.metadata()["lora_loaders.history"])
+    assert [step["action"] for step in steps] == ["to full", "to lora"]
 
 
 def test_convert_as_lora_of_what_has_no_rank_asks_for_one(run: Run, file: Path, tmp_path: Path) -> None:
