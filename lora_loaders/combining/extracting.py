@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lora_loaders.errors import UNTOUCHED, AdapterMismatchError, ConversionError
 from lora_loaders.families import FAMILIES, Family
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
-from .goals import Goal
+from .goals import UNREAD, Goal
 from .resizing import Tick, computed_again, read_at, sound
 
 Algebra = Literal["lora", "lokr", "full"]
@@ -62,7 +62,7 @@ def extract(
         tuned: the changed model: a pipeline's or model's folder, a checkpoint under diffusers' or its publisher's
             names, or a live model, whose fused adapters count.
         base: the model it was made from, in any of these forms.
-        algebra: `lora`; `lokr` for the nearest Kronecker product; `full` for ΔW itself.
+        algebra: `lora`; `lokr` for the nearest Kronecker product; `full` for ΔW itself, which has no goal.
         rank: rank of each module; of w2 for `lokr`. For `lora` it, `energy` or `error` must be given.
         energy: the smallest rank that keeps this share of Σσ².
         error: the smallest rank with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most this.
@@ -79,13 +79,12 @@ def extract(
     Raises:
         AdapterFileError: one of the two cannot be read as a checkpoint.
         AdapterMismatchError: the two have no module in common, or none that differs.
-        ConversionError: a goal that means nothing; NaN, infinity or no data in one of the two; or numbers that are too
+        ConversionError: no such algebra; a goal that means nothing, or nothing to this algebra; NaN, infinity or no data in one of the two; or numbers that are too
             large for the adapter's dtype.
         UnsupportedBaseError: a live model stores weights in no known way.
     """
     goal = Goal(rank, energy, error, conv_rank)
-    if algebra == "lora":
-        goal.require_loss()
+    _check_settings(algebra, goal, factor)
     options = {"family": family, "component": component}
     new, old = (open_checkpoint(side, families=families, **options) for side in (tuned, base))
 
@@ -120,6 +119,23 @@ def extract(
     known = new.weights.family or old.weights.family
     adapter = Adapter(found.deltas, family=known, source=f"the difference of {new.label} and {old.label}")
     return Approximation(with_record(adapter, found.fits, "extract", sources, settings), found.fits, found.left_out)
+
+
+def _check_settings(algebra: str, goal: Goal, factor: int) -> None:
+    names = get_args(Algebra)
+    what, mend = "", ""
+    if algebra not in names:
+        what, mend = f"no algebra {algebra!r} for a difference", f"There are {', '.join(names)}."
+    elif algebra == "full" and goal != Goal():
+        what, mend = "a full difference loses nothing, so that no rank, energy or error goes with it", "Leave it out."
+    elif algebra != "lokr" and factor != -1:
+        what, mend = f"factor={factor} is for lokr, {algebra} has no Kronecker product", "Leave it out."
+    elif factor < 1 and factor != -1:
+        what, mend = f"factor={factor}: w1 has a size of at least 1, or -1 for one next to the square root", ""
+    if what:
+        raise ConversionError(what, mend=mend, state=UNREAD)
+    if algebra == "lora":
+        goal.require_loss()
 
 
 def _difference(

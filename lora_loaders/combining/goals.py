@@ -6,6 +6,8 @@ from torch import Tensor
 
 from lora_loaders.errors import ConversionError
 
+UNREAD = "Nothing was read or written."
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -91,4 +93,4 @@ class Goal:
 
 
 def _meaningless(what: str) -> ConversionError:
-    return ConversionError(what, state="Nothing was read or written.")
+    return ConversionError(what, state=UNREAD)

@@ -188,6 +188,9 @@ def test_extract_finds_what_was_added(run: Run, tmp_path: Path) -> None:
     made = change_in(target, key)
     torch.testing.assert_close(made.float(), change, rtol=1e-2, atol=1e-2)
     assert len(load_file(target)[f"{key}.lora_down.weight"]) == 2
+    result = run("extract", *sides, tmp_path / "full.safetensors", "--as", "full", "--rank", 2)
+    assert result.exit_code == 2
+    assert "a full difference loses nothing" in result.stderr
 
 
 # verify
