@@ -82,7 +82,8 @@ def as_lora(
     """The nearest LoRA.
 
     Low-rank deltas go through their factors, so that ΔW is not built. A LoRA keeps its scaling, others get one of 1; a
-    change of a bias or of a norm stays what it is, and so does a LoRA that is no larger than it may be.
+    change of a bias or of a norm stays what it is, and so does a LoRA that is no larger than it may be. A Tucker core
+    is multiplied into `down`: few readers know one.
 
     Args:
         delta: any algebra.
@@ -100,9 +101,8 @@ def as_lora(
     goal = goal.at(shape[2:])
     product = product_of(delta)
     if isinstance(delta, LoraDelta) and product is not None and goal.takes(delta.rank):
-        made = delta.map_tensors(lambda tensor: tensor.to(dtype))
-        is_same = all(tensor.dtype == dtype for tensor in delta.tensors().values())
-        return Fitted(made, Fit(delta.rank, _norm(product), 0.0) if is_same else fit_of_product(product, made))
+        plain = delta if delta.mid is None else replace(delta, down=delta.factors().down, mid=None)
+        return in_dtype(plain, product, dtype)
     if product is not None:
         made = lora_of(of_product(*product, goal), delta, shape, dtype, base_bias)
         return Fitted(made, fit_of_product(product, made))
@@ -111,6 +111,19 @@ def as_lora(
     change = delta.delta_weight(base_weight).reshape(shape)
     made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype, base_bias)
     return Fitted(made, fit_of(change, made))
+
+
+def in_dtype(delta: LoraDelta, product: Pair, dtype: torch.dtype) -> Fitted:
+    """A LoRA that only its dtype may change.
+
+    Args:
+        delta: the LoRA.
+        product: the change that it says.
+        dtype: of the result.
+    """
+    made = delta.map_tensors(lambda tensor: tensor.to(dtype))
+    is_same = all(tensor.dtype == dtype for tensor in delta.tensors().values())
+    return Fitted(made, Fit(delta.rank, _norm(product), 0.0) if is_same else fit_of_product(product, made))
 
 
 def as_full(
