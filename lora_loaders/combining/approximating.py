@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_loaders.adapter import Adapter
-from lora_loaders.deltas import Delta, FullDelta, LokrDelta, LoraDelta
+from lora_loaders.deltas import Delta, ExpertsDelta, FullDelta, LokrDelta, LoraDelta
 from lora_loaders.deltas.base import computing
 from lora_loaders.errors import ConversionError
 
@@ -83,7 +83,7 @@ def as_lora(
 
     Low-rank deltas go through their factors, so that ΔW is not built. A LoRA keeps its scaling, others get one of 1; a
     change of a bias or of a norm stays what it is, and so does a LoRA that is no larger than it may be. A Tucker core
-    is multiplied into `down`: few readers know one.
+    is multiplied into `down`: few readers know one. Experts stay apart: each has the rank that serves all of them.
 
     Args:
         delta: any algebra.
@@ -98,6 +98,8 @@ def as_lora(
     shape, dtype = shape_of(delta, base_weight), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
         return _unchanged(delta, dtype)
+    if isinstance(delta, ExpertsDelta):
+        return _of_experts(delta, goal, dtype)
     goal = goal.at(shape[2:])
     product = product_of(delta)
     if isinstance(delta, LoraDelta) and product is not None and goal.takes(delta.rank):
@@ -111,6 +113,24 @@ def as_lora(
     change = delta.delta_weight(base_weight).reshape(shape)
     made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype, base_bias)
     return Fitted(made, fit_of(change, made))
+
+
+def _of_experts(delta: ExpertsDelta, goal: Goal, dtype: torch.dtype) -> Fitted:
+    """The nearest change of one rank for all experts: over all of them the goal is reached."""
+
+    def product(of: ExpertsDelta) -> Pair:
+        up = computing(of.up).view(-1, of.rank, of.experts).permute(2, 0, 1)
+        return Pair(up * of.scaling, computing(of.down).view(of.experts, of.rank, -1))
+
+    own, made = product(delta), delta
+    if not goal.takes(delta.rank):
+        up, down = of_product(*own, goal)
+        rank, root = down.shape[1], math.sqrt(abs(delta.scaling))
+        up = (up * (math.copysign(1, delta.scaling) / root)).permute(1, 2, 0).flatten(1)
+        alpha = _alpha_at(delta, rank)
+        made = replace(delta, up=up.contiguous(), down=(down / root).flatten(0, 1), alpha=alpha)
+    made = made.map_tensors(lambda tensor: tensor.to(dtype))
+    return Fitted(made, _fit(own, product(made), made.rank))
 
 
 def in_dtype(delta: LoraDelta, product: Pair, dtype: torch.dtype) -> Fitted:
@@ -218,7 +238,7 @@ def product_of(delta: Delta) -> Pair | None:
 
 
 def _norm(product: Pair) -> float:
-    """‖up @ down‖ from the two small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
+    """‖up @ down‖, of one product or of several, from the two small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
     up, down = product.up.double(), product.down.double()
     return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum())))
 
@@ -227,9 +247,18 @@ def fit_of_product(product: Pair, made: LoraDelta) -> Fit:
     """How well a LoRA says a change that is there as a product."""
     new = product_of(made)
     assert new is not None
-    lost = Pair(torch.cat([product.up.double(), -new.up.double()], 1), torch.cat([product.down, new.down]).double())
-    norm = _norm(product)
-    return Fit(made.rank, norm, _norm(lost) / norm if norm else 0.0)
+    return _fit(product, new, made.rank)
+
+
+def _fit(product: Pair, new: Pair, rank: int) -> Fit:
+    ups, downs = (product.up.double(), -new.up.double()), (product.down.double(), new.down.double())
+    norm, lost = _norm(product), _norm(Pair(torch.cat(ups, -1), torch.cat(downs, -2)))
+    return Fit(rank, norm, lost / norm if norm else 0.0)
+
+
+def _alpha_at(delta: LoraDelta | ExpertsDelta, rank: int) -> float | None:
+    """The alpha that keeps the scaling at another rank."""
+    return None if not delta.alpha else delta.scaling * (math.sqrt(rank) if delta.rslora else rank)
 
 
 def lora_of(
@@ -247,7 +276,7 @@ def lora_of(
         "down": down.reshape(rank, *shape[1:]).to(dtype).contiguous(),
     }
     if own is not None:
-        alpha = None if not own.alpha else scaling * (math.sqrt(rank) if own.rslora else rank)
+        alpha = _alpha_at(own, rank)
         return replace(own.map_tensors(lambda tensor: tensor.to(dtype)), **tensors, mid=None, alpha=alpha)
     bias = like.delta_bias(base_bias)
     tensors["bias"] = None if bias is None else bias.to(dtype)

@@ -21,7 +21,10 @@ SETTLED = 1e-3
 
 
 class Pair(NamedTuple):
-    """Factors of a matrix, `up` `[rows, rank]` and `down` `[rank, columns]`; each holds √σ, so both have one size."""
+    """Factors of a matrix, `up` `[rows, rank]` and `down` `[rank, columns]`; each holds √σ, so both have one size.
+
+    Those of several matrices are stacked: `[matrices, rows, rank]`.
+    """
 
     up: Tensor
     down: Tensor
@@ -31,6 +34,7 @@ def of_product(up: Tensor, down: Tensor, goal: Goal) -> Pair:
     """The best factors of `up @ down`, without building it.
 
     With up = Q₁R₁ and downᵀ = Q₂R₂, the small R₁R₂ᵀ has the singular values of the product. Cost O((m + n)·k²).
+    Several products have one rank, the smallest that reaches the goal over all of them.
     """
     left, small_left = torch.linalg.qr(up)
     right, small_right = torch.linalg.qr(down.mT)
@@ -81,9 +85,9 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cut(u: Tensor, sigma: Tensor, vh: Tensor, goal: Goal, rest: float = 0.0) -> Pair:
-    rank = goal.choose(sigma.double().square(), rest)
-    root = sigma[:rank].sqrt()
-    return Pair(u[:, :rank] * root, vh[:rank] * root[:, None])
+    rank = goal.choose(sigma.double().square().view(-1, sigma.shape[-1]).sum(0), rest)
+    root = sigma[..., :rank].sqrt()
+    return Pair(u[..., :rank] * root[..., None, :], vh[..., :rank, :] * root[..., None])
 
 
 def _energy(tensor: Tensor) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.combining.approximating import Approximation, as_full, as_lokr, as_lora
 from lora_loaders.combining.goals import Goal
 from lora_loaders.combining.truncating import of_matrix, of_product
-from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta, SetDelta, build
+from lora_loaders.deltas import DoraDelta, ExpertsDelta, FullDelta, LokrDelta, LoraDelta, SetDelta, build
 from lora_loaders.errors import ConversionError
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -104,6 +105,60 @@ def test_a_lora_that_is_only_rounded_tells_the_error_of_it(goal: Goal) -> None:
     assert isinstance(made, LoraDelta)
     assert fit.error == pytest.approx(error_of(slots["up"] @ slots["down"], rounded), rel=1e-4)
     assert fit.error > 1e-4
+
+
+class Experts(nn.Module):
+    """Three experts' weights in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 12, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[experts, rows, 9]` to `[experts, rows, 12]`."""
+        return x @ self.weight.mT
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("goal", [{"rank": 2}, {"rank": 5}, {"rank": 2, "conv_rank": 1}, {"energy": 0.9}, {}], ids=str)
+def test_stacked_experts_are_cut_each_for_itself_and_peft_reads_the_file(
+    goal: dict[str, Any], transposed: bool, rslora: bool, tmp_path: Path
+) -> None:
+    # PEFT's layout: rows of `down` run over experts first, columns of `up` over the rank first.
+    ups, downs = randn(3, 12, 4), randn(3, 4, 9)
+    change = ups @ downs * -2 / (math.sqrt(4) if rslora else 4)
+    delta = ExpertsDelta(
+        down=downs.flatten(0, 1).float(),
+        up=ups.permute(1, 2, 0).flatten(1).float(),
+        experts=3,
+        alpha=-2.0,
+        rslora=rslora,
+        transposed=transposed,
+        of_parameter=True,
+    )
+    done = ll.resize(ll.Adapter({"transformer": {"experts.weight": delta}}), **goal)
+    made = done.adapter.deltas["transformer"]["experts.weight"]
+    sigma = torch.linalg.svdvals(change)
+    lost = [float(sigma[:, rank:].norm() / sigma.norm()) for rank in range(5)]
+    wanted = (
+        next(rank for rank in range(5) if lost[rank] ** 2 <= 0.1) if goal == {"energy": 0.9} else goal.get("rank", 4)
+    )
+    assert isinstance(made, ExpertsDelta)
+    assert made.rank == min(wanted, 4)
+    assert error_of(change.mT if transposed else change, made.delta_weight()) == pytest.approx(
+        lost[made.rank], abs=1e-6
+    )
+    assert done.error == pytest.approx(lost[made.rank], abs=1e-6)
+    if transposed:
+        return  # of transformers' modules alone, which say so themselves
+    peft = pytest.importorskip("peft", reason="reads the file with peft")
+    ll.write_adapter(done.adapter, tmp_path, "peft")
+    model = nn.ModuleDict({"experts": Experts()})
+    model.forward = lambda x: model["experts"](x)
+    read = peft.PeftModel.from_pretrained(model, str(tmp_path))
+    outputs = read(torch.eye(9).expand(3, 9, 9)).detach()
+    assert error_of(change, outputs.mT) == pytest.approx(lost[made.rank], abs=1e-6)
 
 
 def test_dora_is_cut_with_its_base_weight_and_refused_without() -> None:
