@@ -15,7 +15,7 @@ from lora_loaders.errors import ConversionError
 
 from .goals import Goal
 from .provenance import with_history
-from .truncating import Pair, of_matrix, of_product, split_size
+from .truncating import Pair, energy_of, of_matrix, of_product, split_size
 
 NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
 
@@ -172,13 +172,17 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
 
     Blocks of ΔW as rows make w1 ⊗ w2 the outer product of both, so the best pair is one of singular vectors (Van Loan
     and Pitsianis 1993, "Approximation with Kronecker products"). For this w1, cutting w2 by its singular values is the
-    best cut, since what w1 ⊗ w2 misses is orthogonal to every w1 ⊗ x.
+    best cut, since what w1 ⊗ w2 misses is orthogonal to every w1 ⊗ x. So the squares of both losses add up, and a bound
+    leaves w2 what the product has not lost already.
 
     Args:
         delta: the change in full.
         goal: the rank of w2; a goal that keeps all stores w2 whole.
         factor: largest size of w1; -1 for sizes next to the square root, as LyCORIS has it.
         dtype: of the result; the delta's own if None.
+
+    Raises:
+        ConversionError: the nearest product with a whole w2 already loses more than the goal allows.
     """
     shape, dtype = shape_of(delta, None), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
@@ -190,6 +194,8 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
     w1, w2 = first.reshape(p, q), second.reshape(m, n, *shape[2:])
     goal = goal.at(shape[2:])
     slots = {"lokr_w1": w1, "lokr_w2": w2}
+    if goal.loss is not None:
+        goal = _goal_of_w2(goal, energy_of(blocks.addmm(first, second, alpha=-1)), energy_of(blocks))
     if not goal.keeps_all:
         a, b = of_matrix(w2.flatten(1), goal)
         slots = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b}
@@ -198,6 +204,16 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
     made = LokrDelta.from_slots({name: tensor.to(dtype).contiguous() for name, tensor in slots.items()}, None)
     made = replace(made, alpha=float(made.rank) if made.rank else None, of_parameter=delta.of_parameter)
     return Fitted(made, fit_of(change, made))
+
+
+def _goal_of_w2(goal: Goal, lost: float, whole: float) -> Goal:
+    rest = goal.beside(lost, whole)
+    if rest is None:
+        raise ConversionError(
+            f"its nearest Kronecker product has a relative error of {math.sqrt(lost / whole):.3g} at any rank of w2",
+            mend="Say it as a LoRA (--as lora), which reaches any bound; or give a rank alone, or another factor.",
+        )
+    return rest
 
 
 def fit_of(change: Tensor, made: Delta) -> Fit:
@@ -238,7 +254,7 @@ def product_of(delta: Delta) -> Pair | None:
 
 
 def _norm(product: Pair) -> float:
-    """‖up @ down‖, of one product or of several, from the two small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
+    """‖up @ down‖, of one or more products, from the small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
     up, down = product.up.double(), product.down.double()
     return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum())))
 

@@ -32,6 +32,8 @@ class _Extraction:
     deltas: dict[str, dict[str, Delta]] = field(default_factory=dict[str, dict[str, Delta]])
     fits: dict[str, Fit] = field(default_factory=dict[str, Fit])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
+    problems: list[str] = field(default_factory=list[str])
+    mends: dict[str, None] = field(default_factory=dict[str, None])
 
 
 def extract(
@@ -79,8 +81,9 @@ def extract(
     Raises:
         AdapterFileError: one of the two cannot be read as a checkpoint.
         AdapterMismatchError: the two have no module in common, or none that differs.
-        ConversionError: no such algebra; a goal that means nothing, or nothing to this algebra; NaN, infinity or no data in one of the two; or numbers that are too
-            large for the adapter's dtype.
+        ConversionError: no such algebra; a goal that means nothing, or nothing to this algebra; no data in one of the
+            two; or, with every module, NaN or infinity, numbers that are too large for the adapter's dtype, or a bound
+            that no Kronecker product reaches.
         UnsupportedBaseError: a live model stores weights in no known way.
     """
     goal = Goal(rank, energy, error, conv_rank)
@@ -88,13 +91,13 @@ def extract(
     options = {"family": family, "component": component}
     new, old = (open_checkpoint(side, families=families, **options) for side in (tuned, base))
 
-    def say(delta: FullDelta, place: str) -> Fitted:
-        sound(delta, place)
+    def say(delta: FullDelta) -> Fitted:
+        sound(delta)
         if algebra == "full":
             made = as_full(delta, dtype=dtype)
         else:
             made = as_lora(delta, goal, dtype=dtype) if algebra == "lora" else as_lokr(delta, goal, factor, dtype)
-        sound(made.delta, place)
+        sound(made.delta)
         return made
 
     found = _Extraction()
@@ -103,9 +106,13 @@ def extract(
         compare = partial(_difference, delta, old.parts(part, path), place, vectors, found, device)
         change = compare()
         if change is not None:
-            made, found.fits[place] = say(change, place)
-            kept = computed_again(made, lambda again=compare, at=place: say(again() or FullDelta(), at).delta)
-            found.deltas.setdefault(part, {})[path] = kept
+            try:
+                made, found.fits[place] = say(change)
+                kept = computed_again(made, lambda again=compare: say(again() or FullDelta()).delta)
+                found.deltas.setdefault(part, {})[path] = kept
+            except ConversionError as error:
+                found.problems.append(f"{place}: {error.what}")
+                found.mends[error.mend] = None
         if on_module is not None:
             on_module(place)
     for part, path, _ in old.weights.modules():
@@ -194,6 +201,13 @@ def _return_freed_memory() -> None:
 
 
 def _check(found: _Extraction, new: Checkpoint, old: Checkpoint) -> None:
+    if found.problems:
+        raise ConversionError(
+            f"the difference of {new.label} and {old.label} cannot be said so in {len(found.problems)} modules",
+            problems=found.problems,
+            mend=" ".join(found.mends),
+            state=UNTOUCHED,
+        )
     if found.fits:
         return
     facts: dict[str, Any] = {side.label: sorted(side.weights.components) for side in (new, old)}

@@ -167,8 +167,8 @@ def base_for(delta: Delta, base: Base) -> Base:
     )
 
 
-def sound(delta: Delta, place: str | None = None) -> Delta:
-    """The delta, if all of its numbers are; `place` names its module in the error.
+def sound(delta: Delta) -> Delta:
+    """The delta, if all of its numbers are.
 
     Raises:
         ConversionError: some are NaN or infinite, from which nothing can be computed.
@@ -176,7 +176,7 @@ def sound(delta: Delta, place: str | None = None) -> Delta:
     bad = [name for name, t in delta.tensors().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise ConversionError(
-            f"{f'{place}: ' if place else ''}NaN or infinity in {', '.join(bad)}",
+            f"NaN or infinity in {', '.join(bad)}",
             mend="The source is damaged where it holds them itself; else its numbers are too large for this dtype: "
             "write float32 or bfloat16 (dtype=…, --dtype …).",
         )

@@ -348,6 +348,14 @@ def test_a_lora_without_a_goal_and_a_folder_without_weights_are_refused(tmp_path
         ll.extract(tmp_path, tmp_path, rank=1)
 
 
+def test_a_bound_that_lokr_cannot_reach_names_the_modules(base: Weights, tuned: Weights, tmp_path: Path) -> None:
+    new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
+    with pytest.raises(ll.ConversionError, match="in 3 modules") as refused:
+        ll.extract(new, old, algebra="lokr", error=0.05)
+    assert {problem.partition(":")[0] for problem in refused.value.problems} == {f"unet.{path}" for path in SHAPES}
+    assert "--as lora" in refused.value.mend
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

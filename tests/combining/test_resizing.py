@@ -260,6 +260,43 @@ def test_a_kronecker_product_is_the_nearest_one() -> None:
     assert error_of(whole, left @ right) == pytest.approx(best_error(whole, 2), rel=1e-6)
 
 
+def near_kronecker(miss: float) -> tuple[Tensor, float]:
+    """A change that a product nearly says, and the relative error that the best product leaves."""
+    w2 = (torch.linalg.qr(randn(6, 5)).Q * 0.5 ** torch.arange(5)) @ torch.linalg.qr(randn(5, 5)).Q
+    change = torch.kron(randn(4, 3), w2)
+    noise = randn(24, 15)
+    change = change + noise * (miss * change.norm() / noise.norm())
+    blocks = torch.stack([block.flatten() for row in change.chunk(4) for block in row.chunk(3, 1)])
+    sigma = torch.linalg.svdvals(blocks)
+    return change, float(sigma[1:].norm() / sigma.norm())
+
+
+@pytest.mark.parametrize(
+    "goal", [{"error": 0.3}, {"error": 0.2}, {"error": 0.12}, {"energy": 0.9}, {"energy": 0.98}], ids=str
+)
+def test_a_bound_on_a_kronecker_product_counts_what_the_product_itself_misses(goal: dict[str, float]) -> None:
+    change, miss = near_kronecker(0.1)
+    made, fit = as_lokr(FullDelta(diff=change), Goal(**goal), factor=4)
+    bound = goal.get("error", math.sqrt(1 - goal.get("energy", 0)))
+    assert fit.error == pytest.approx(error_of(change, made.delta_weight()), rel=1e-6)
+    assert miss < fit.error <= bound
+    # One rank less breaks the bound.
+    smaller, _ = as_lokr(FullDelta(diff=change), Goal(rank=(made.rank or 6) - 1), factor=4)
+    assert error_of(change, smaller.delta_weight()) > bound
+
+
+def test_a_bound_that_no_kronecker_product_reaches_is_refused() -> None:
+    change, miss = near_kronecker(0.1)
+    for goal in (Goal(error=0.9 * miss), Goal(error=0), Goal(energy=1), Goal(rank=3, error=0.05)):
+        with pytest.raises(ll.ConversionError, match=f"relative error of {miss:.3g} at any rank"):
+            as_lokr(FullDelta(diff=change), goal, factor=4)
+    exact, _ = near_kronecker(0)
+    for dtype in (torch.float64, torch.float32):
+        made, fit = as_lokr(FullDelta(diff=exact.to(dtype)), Goal(error=0), factor=4)
+        assert made.rank is None
+        assert fit.error < 1e-6
+
+
 @pytest.mark.parametrize(
     "goal", [{"rank": 0}, {"conv_rank": 0}, {"energy": 0}, {"energy": 1.1}, {"error": 1}, {"energy": 0.9, "error": 0.1}]
 )
