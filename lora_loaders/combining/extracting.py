@@ -57,8 +57,9 @@ def extract(
     """What a tuned model has learned, as an adapter for the model it was tuned from: ΔW = W_tuned − W_base.
 
     Weights stay in their files and are read pair by pair, so that memory holds one pair and the adapter; a `full`
-    difference is computed once for its error and again when it is written. Small ranks come from a sketch (see
-    `truncating.of_matrix`). Modules that are equal in both are not in the adapter.
+    difference of two models in files is computed once for its error and again when it is written. With a live model,
+    whose weights may change in between, all of it is kept. Small ranks come from a sketch (see `truncating.of_matrix`).
+    Modules that are equal in both are not in the adapter.
 
     Args:
         tuned: the changed model: a pipeline's or model's folder, a checkpoint under diffusers' or its publisher's
@@ -100,16 +101,21 @@ def extract(
         sound(made.delta)
         return made
 
+    def diff(part: str, path: str) -> Tensor:
+        one, other = (side.weights.deltas[part][path].tensors()["diff"] for side in (new, old))
+        return _subtracted(one, other, device).to(dtype)
+
+    is_lasting = bool(new.files and old.files)
     found = _Extraction()
     for part, path, delta in new.weights.modules():
         place = f"{part}.{path}"
-        compare = partial(_difference, delta, old.parts(part, path), place, vectors, found, device)
-        change = compare()
+        other = old.parts(part, path)
+        change = _difference(delta, other, place, vectors, found, device)
         if change is not None:
             try:
                 made, found.fits[place] = say(change)
-                kept = computed_again(made, lambda again=compare: say(again() or FullDelta()).delta)
-                found.deltas.setdefault(part, {})[path] = kept
+                again = partial(diff, part, path) if is_lasting else None
+                found.deltas.setdefault(part, {})[path] = computed_again(made, again)
             except ConversionError as error:
                 found.problems.append(f"{place}: {error.what}")
                 found.mends[error.mend] = None
@@ -180,8 +186,7 @@ def _difference(
             reason = f"its {'bias' if name == 'bias' else 'weight'} has the shape {tuple(tensor.shape)} here and "
             found.left_out[place] = f"{reason}{tuple(theirs[name].shape)} in the base model"
             return None
-        _return_freed_memory()
-        change = computing(read_at(tensor, device)) - computing(read_at(theirs[name], device))
+        change = _subtracted(tensor, theirs[name], device)
         if not change.any():
             continue
         if change.ndim < 2 and not vectors:
@@ -191,6 +196,11 @@ def _difference(
     if not changes:
         return None
     return FullDelta(diff=changes.get("diff"), bias=changes.get("bias"), of_parameter=delta.of_parameter)
+
+
+def _subtracted(new: Tensor, old: Tensor, device: torch.device | str | None) -> Tensor:
+    _return_freed_memory()
+    return computing(read_at(new, device)) - computing(read_at(old, device))
 
 
 def _return_freed_memory() -> None:

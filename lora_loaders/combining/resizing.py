@@ -88,6 +88,9 @@ def to_full(
 ) -> Approximation:
     """The adapter with every ΔW in full, as `[out, in, *kernel]` in this dtype (its own if None); see `resize`.
 
+    Each ΔW is computed once for its error and again when it is written, so that memory holds one. With a live model,
+    whose weights may change in between, they are kept, all of them.
+
     Raises:
         AdapterFileError: the source cannot be read.
         ConversionError: ΔW depends on base weights, and none were given.
@@ -122,16 +125,17 @@ def read_at(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     return plain if device is None else plain.to(device)
 
 
-def computed_again(made: Delta, compute: Callable[[], Delta]) -> Delta:
-    """The delta with a full difference left to be computed when it is written, since many make up a whole model."""
-    if not isinstance(made, FullDelta) or made.diff is None or made.diff.ndim < 2:
+def computed_again(made: Delta, compute: Callable[[], Tensor] | None) -> Delta:
+    """The delta with a full difference left to be computed when it is written, since many make up a whole model.
+
+    Args:
+        made: any delta; what is no full difference is kept.
+        compute: gives the difference once more; None where it may be another by then, so that this one is kept.
+    """
+    if compute is None or not isinstance(made, FullDelta) or made.diff is None or made.diff.ndim < 2:
         return at_hand(made, "cpu")
-
-    def diff() -> Tensor:
-        return compute().tensors()["diff"].cpu()
-
-    bias = None if made.bias is None else made.bias.cpu()
-    return replace(made, diff=FileTensor.computed(form_of(made.diff.shape, made.diff.dtype), diff), bias=bias)
+    diff = FileTensor.computed(form_of(made.diff.shape, made.diff.dtype), lambda: compute().cpu())
+    return replace(made, diff=diff, bias=None if made.bias is None else made.bias.cpu())
 
 
 class Base(NamedTuple):
@@ -203,7 +207,8 @@ def _changed(
         try:
             compute = partial(_made, change, checkpoint, component, path, delta, device)
             made, fits[place] = compute()
-            deltas.setdefault(component, {})[path] = computed_again(made, lambda again=compute: again().delta)
+            again = partial(_diff_of, compute) if checkpoint is None or checkpoint.files else None
+            deltas.setdefault(component, {})[path] = computed_again(made, again)
         except ConversionError as error:
             problems.append(f"{place}: {error.what}")
             mends[error.mend] = None
@@ -218,6 +223,10 @@ def _changed(
         )
     made_adapter = with_record(replace(adapter, deltas=deltas), fits, action, [adapter.source], settings)
     return Approximation(made_adapter, fits)
+
+
+def _diff_of(compute: Callable[[], Fitted]) -> Tensor:
+    return compute().delta.tensors()["diff"]
 
 
 def _made(

@@ -275,6 +275,17 @@ def test_a_module_of_another_shape_is_left_out_by_name(base: Weights, tuned: Wei
     assert done.adapter.components == {"unet": 2}
 
 
+def module_at(path: str, weight: Tensor) -> nn.Module:
+    """A model with one layer, at this path."""
+    *parents, name = path.split(".")
+    layer = nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data = weight.clone()
+    made: nn.Module = nn.ModuleDict({name: layer})
+    for parent in reversed(parents):
+        made = nn.ModuleDict({parent: made})
+    return made
+
+
 class Model(nn.Module):
     """Layers by name, with a bias or without."""
 
@@ -375,6 +386,26 @@ def test_settings_that_mean_nothing_to_the_algebra_are_refused_before_anything_i
     with pytest.raises(ll.ConversionError, match=named) as refused:
         ll.extract(tmp_path / "none", tmp_path / "none", **settings)
     assert refused.value.state == "Nothing was read or written."
+
+
+@pytest.mark.parametrize("side", ["tuned", "base"])
+@pytest.mark.parametrize("other_in_file", [False, True])
+def test_a_full_difference_of_a_live_model_is_that_of_the_moment(
+    side: str, other_in_file: bool, base: Weights, tuned: Weights, tmp_path: Path
+) -> None:
+    path = f"{BLOCK}.attn1.to_q"
+    sides: dict[str, Any] = {"tuned": tuned, "base": base}
+    models = {name: module_at(path, weights[f"{path}.weight"]) for name, weights in sides.items()}
+    given: dict[str, Any] = {name: {"unet": model} for name, model in models.items()}
+    if other_in_file:
+        other = "base" if side == "tuned" else "tuned"
+        given[other] = write_folder(tmp_path / other, sides[other])
+    done = ll.extract(given["tuned"], given["base"], algebra="full", dtype=torch.float32, family="sdxl")
+    weights = (tuned[f"{path}.weight"], base[f"{path}.weight"])
+    weight = models[side].get_parameter(f"{path}.weight").data
+    weight.copy_(weights[side == "tuned"])  # as the other side has it: nothing would be left
+    out = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "kohya")
+    assert torch.equal(ll.read_adapter(out).deltas["unet"][path].delta_weight(), weights[0] - weights[1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory in ways of their own")

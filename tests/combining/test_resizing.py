@@ -19,6 +19,7 @@ from lora_loaders.combining.goals import Goal
 from lora_loaders.combining.truncating import of_matrix, of_product
 from lora_loaders.deltas import DoraDelta, ExpertsDelta, FullDelta, LokrDelta, LoraDelta, SetDelta, build
 from lora_loaders.errors import ConversionError
+from lora_loaders.lazy import FileTensor
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 MATRICES = [name for name, case in CASES.items() if case.build().shape is not None and name != "modulation"]
@@ -361,6 +362,20 @@ def test_modules_that_need_weights_are_all_named_and_work_with_them() -> None:
     for path, dora in doras.items():
         wanted = dora.delta_weight(model[path].weight.detach())
         torch.testing.assert_close(done.adapter.deltas["transformer"][path].delta_weight(), wanted)
+
+
+@pytest.mark.parametrize("has_live_model", [True, False])
+def test_a_change_in_full_waits_until_it_is_written_unless_a_live_model_may_change(has_live_model: bool) -> None:
+    model, norms = nn.ModuleDict({"a": nn.Linear(6, 8)}).double(), randn(8, 1).abs()
+    lora = LoraDelta(up=randn(8, 3), down=randn(3, 6))
+    weight = model["a"].weight.data
+    whole = weight + lora.up @ lora.down
+    change = norms / whole.norm(dim=1, keepdim=True) * whole - weight if has_live_model else lora.up @ lora.down
+    adapter = ll.Adapter({"transformer": {"a": DoraDelta(inner=lora, magnitude=norms) if has_live_model else lora}})
+    made = ll.to_full(adapter, model=model if has_live_model else None).adapter.deltas["transformer"]["a"]
+    assert isinstance(made.tensors()["diff"], FileTensor) == (not has_live_model)
+    weight.mul_(3)
+    torch.testing.assert_close(made.delta_weight(), change)
 
 
 WRONG = {
