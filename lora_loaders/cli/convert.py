@@ -105,8 +105,8 @@ def convert(
         format = format or adapter.format or "diffusers"
         done = None
         if algebra is not None:
-            goal = {"rank": rank, "energy": energy, "error": error}
-            change = partial(resize, **goal) if algebra is Algebra.lora else to_full
+            to_lora = partial(resize, rank=rank, energy=energy, error=error, action="to lora")
+            change = to_lora if algebra is Algebra.lora else to_full
             done = change(adapter, dtype=chosen, model=model)
             adapter = done.adapter
         progress.update(task, advance=1, description="writing")

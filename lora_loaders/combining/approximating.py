@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lora_loaders.adapter import Adapter
-from lora_loaders.deltas import Delta, FullDelta, LokrDelta, LoraDelta
+from lora_loaders.deltas import Delta, ExpertsDelta, FullDelta, LokrDelta, LoraDelta
 from lora_loaders.deltas.base import computing
 from lora_loaders.errors import ConversionError
 
 from .goals import Goal
 from .provenance import with_history
-from .truncating import Pair, of_matrix, of_product, split_size
+from .truncating import Pair, energy_of, of_matrix, of_product, split_size
 
 NEEDS_WEIGHTS = "Give the base model's weights: model=… (a pipeline's or model's folder, a checkpoint, or a module)."
 
@@ -82,7 +82,8 @@ def as_lora(
     """The nearest LoRA.
 
     Low-rank deltas go through their factors, so that ΔW is not built. A LoRA keeps its scaling, others get one of 1; a
-    change of a bias or of a norm stays what it is, and so does a LoRA that is no larger than it may be.
+    change of a bias or of a norm stays what it is, and so does a LoRA that is no larger than it may be. A Tucker core
+    is multiplied into `down`: few readers know one. Experts stay apart: each has the rank that serves all of them.
 
     Args:
         delta: any algebra.
@@ -97,12 +98,13 @@ def as_lora(
     shape, dtype = shape_of(delta, base_weight), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
         return _unchanged(delta, dtype)
+    if isinstance(delta, ExpertsDelta):
+        return _of_experts(delta, goal, dtype)
     goal = goal.at(shape[2:])
     product = product_of(delta)
     if isinstance(delta, LoraDelta) and product is not None and goal.takes(delta.rank):
-        made = delta.map_tensors(lambda tensor: tensor.to(dtype))
-        is_same = all(tensor.dtype == dtype for tensor in delta.tensors().values())
-        return Fitted(made, Fit(delta.rank, _norm(product), 0.0) if is_same else fit_of_product(product, made))
+        plain = delta if delta.mid is None else replace(delta, down=delta.factors().down, mid=None)
+        return in_dtype(plain, product, dtype)
     if product is not None:
         made = lora_of(of_product(*product, goal), delta, shape, dtype, base_bias)
         return Fitted(made, fit_of_product(product, made))
@@ -111,6 +113,37 @@ def as_lora(
     change = delta.delta_weight(base_weight).reshape(shape)
     made = lora_of(of_matrix(change.flatten(1), goal), delta, shape, dtype, base_bias)
     return Fitted(made, fit_of(change, made))
+
+
+def _of_experts(delta: ExpertsDelta, goal: Goal, dtype: torch.dtype) -> Fitted:
+    """The nearest change of one rank for all experts: over all of them the goal is reached."""
+
+    def product(of: ExpertsDelta) -> Pair:
+        up = computing(of.up).view(-1, of.rank, of.experts).permute(2, 0, 1)
+        return Pair(up * of.scaling, computing(of.down).view(of.experts, of.rank, -1))
+
+    own, made = product(delta), delta
+    if not goal.takes(delta.rank):
+        up, down = of_product(*own, goal)
+        rank, root = down.shape[1], math.sqrt(abs(delta.scaling))
+        up = (up * (math.copysign(1, delta.scaling) / root)).permute(1, 2, 0).flatten(1)
+        alpha = _alpha_at(delta, rank)
+        made = replace(delta, up=up.contiguous(), down=(down / root).flatten(0, 1), alpha=alpha)
+    made = made.map_tensors(lambda tensor: tensor.to(dtype))
+    return Fitted(made, _fit(own, product(made), made.rank))
+
+
+def in_dtype(delta: LoraDelta, product: Pair, dtype: torch.dtype) -> Fitted:
+    """A LoRA that only its dtype may change.
+
+    Args:
+        delta: the LoRA.
+        product: the change that it says.
+        dtype: of the result.
+    """
+    made = delta.map_tensors(lambda tensor: tensor.to(dtype))
+    is_same = all(tensor.dtype == dtype for tensor in delta.tensors().values())
+    return Fitted(made, Fit(delta.rank, _norm(product), 0.0) if is_same else fit_of_product(product, made))
 
 
 def as_full(
@@ -139,13 +172,17 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
 
     Blocks of ΔW as rows make w1 ⊗ w2 the outer product of both, so the best pair is one of singular vectors (Van Loan
     and Pitsianis 1993, "Approximation with Kronecker products"). For this w1, cutting w2 by its singular values is the
-    best cut, since what w1 ⊗ w2 misses is orthogonal to every w1 ⊗ x.
+    best cut, since what w1 ⊗ w2 misses is orthogonal to every w1 ⊗ x. So the squares of both losses add up, and a bound
+    leaves w2 what the product has not lost already.
 
     Args:
         delta: the change in full.
         goal: the rank of w2; a goal that keeps all stores w2 whole.
         factor: largest size of w1; -1 for sizes next to the square root, as LyCORIS has it.
         dtype: of the result; the delta's own if None.
+
+    Raises:
+        ConversionError: the nearest product with a whole w2 already loses more than the goal allows.
     """
     shape, dtype = shape_of(delta, None), dtype or _dtype_of(delta)
     if shape is None or len(shape) < 2:
@@ -157,6 +194,8 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
     w1, w2 = first.reshape(p, q), second.reshape(m, n, *shape[2:])
     goal = goal.at(shape[2:])
     slots = {"lokr_w1": w1, "lokr_w2": w2}
+    if goal.loss is not None:
+        goal = _goal_of_w2(goal, energy_of(blocks.addmm(first, second, alpha=-1)), energy_of(blocks))
     if not goal.keeps_all:
         a, b = of_matrix(w2.flatten(1), goal)
         slots = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b}
@@ -165,6 +204,16 @@ def as_lokr(delta: FullDelta, goal: Goal, factor: int = -1, dtype: torch.dtype |
     made = LokrDelta.from_slots({name: tensor.to(dtype).contiguous() for name, tensor in slots.items()}, None)
     made = replace(made, alpha=float(made.rank) if made.rank else None, of_parameter=delta.of_parameter)
     return Fitted(made, fit_of(change, made))
+
+
+def _goal_of_w2(goal: Goal, lost: float, whole: float) -> Goal:
+    rest = goal.beside(lost, whole)
+    if rest is None:
+        raise ConversionError(
+            f"its nearest Kronecker product has a relative error of {math.sqrt(lost / whole):.3g} at any rank of w2",
+            mend="Say it as a LoRA (--as lora), which reaches any bound; or give a rank alone, or another factor.",
+        )
+    return rest
 
 
 def fit_of(change: Tensor, made: Delta) -> Fit:
@@ -205,7 +254,7 @@ def product_of(delta: Delta) -> Pair | None:
 
 
 def _norm(product: Pair) -> float:
-    """‖up @ down‖ from the two small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
+    """‖up @ down‖, of one or more products, from the small Gram matrices, in float64: Σ (upᵀup) ∘ (down downᵀ)."""
     up, down = product.up.double(), product.down.double()
     return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum())))
 
@@ -214,9 +263,18 @@ def fit_of_product(product: Pair, made: LoraDelta) -> Fit:
     """How well a LoRA says a change that is there as a product."""
     new = product_of(made)
     assert new is not None
-    lost = Pair(torch.cat([product.up.double(), -new.up.double()], 1), torch.cat([product.down, new.down]).double())
-    norm = _norm(product)
-    return Fit(made.rank, norm, _norm(lost) / norm if norm else 0.0)
+    return _fit(product, new, made.rank)
+
+
+def _fit(product: Pair, new: Pair, rank: int) -> Fit:
+    ups, downs = (product.up.double(), -new.up.double()), (product.down.double(), new.down.double())
+    norm, lost = _norm(product), _norm(Pair(torch.cat(ups, -1), torch.cat(downs, -2)))
+    return Fit(rank, norm, lost / norm if norm else 0.0)
+
+
+def _alpha_at(delta: LoraDelta | ExpertsDelta, rank: int) -> float | None:
+    """The alpha that keeps the scaling at another rank."""
+    return None if not delta.alpha else delta.scaling * (math.sqrt(rank) if delta.rslora else rank)
 
 
 def lora_of(
@@ -234,7 +292,7 @@ def lora_of(
         "down": down.reshape(rank, *shape[1:]).to(dtype).contiguous(),
     }
     if own is not None:
-        alpha = None if not own.alpha else scaling * (math.sqrt(rank) if own.rslora else rank)
+        alpha = _alpha_at(own, rank)
         return replace(own.map_tensors(lambda tensor: tensor.to(dtype)), **tensors, mid=None, alpha=alpha)
     bias = like.delta_bias(base_bias)
     tensors["bias"] = None if bias is None else bias.to(dtype)

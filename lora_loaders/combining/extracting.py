@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lora_loaders.errors import UNTOUCHED, AdapterMismatchError, ConversionError
 from lora_loaders.families import FAMILIES, Family
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
-from .goals import Goal
+from .goals import UNREAD, Goal
 from .resizing import Tick, computed_again, read_at, sound
 
 Algebra = Literal["lora", "lokr", "full"]
@@ -32,6 +32,8 @@ class _Extraction:
     deltas: dict[str, dict[str, Delta]] = field(default_factory=dict[str, dict[str, Delta]])
     fits: dict[str, Fit] = field(default_factory=dict[str, Fit])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
+    problems: list[str] = field(default_factory=list[str])
+    mends: dict[str, None] = field(default_factory=dict[str, None])
 
 
 def extract(
@@ -55,14 +57,15 @@ def extract(
     """What a tuned model has learned, as an adapter for the model it was tuned from: ΔW = W_tuned − W_base.
 
     Weights stay in their files and are read pair by pair, so that memory holds one pair and the adapter; a `full`
-    difference is computed once for its error and again when it is written. Small ranks come from a sketch (see
-    `truncating.of_matrix`). Modules that are equal in both are not in the adapter.
+    difference of two models in files is computed once for its error and again when it is written. With a live model,
+    whose weights may change in between, all of it is kept. Small ranks come from a sketch (see `truncating.of_matrix`).
+    Modules that are equal in both are not in the adapter.
 
     Args:
         tuned: the changed model: a pipeline's or model's folder, a checkpoint under diffusers' or its publisher's
             names, or a live model, whose fused adapters count.
         base: the model it was made from, in any of these forms.
-        algebra: `lora`; `lokr` for the nearest Kronecker product; `full` for ΔW itself.
+        algebra: `lora`; `lokr` for the nearest Kronecker product; `full` for ΔW itself, which has no goal.
         rank: rank of each module; of w2 for `lokr`. For `lora` it, `energy` or `error` must be given.
         energy: the smallest rank that keeps this share of Σσ².
         error: the smallest rank with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most this.
@@ -79,34 +82,43 @@ def extract(
     Raises:
         AdapterFileError: one of the two cannot be read as a checkpoint.
         AdapterMismatchError: the two have no module in common, or none that differs.
-        ConversionError: a goal that means nothing; NaN, infinity or no data in one of the two; or numbers that are too
-            large for the adapter's dtype.
+        ConversionError: no such algebra; a goal that means nothing, or nothing to this algebra; no data in one of the
+            two; or, with every module, NaN or infinity, numbers that are too large for the adapter's dtype, or a bound
+            that no Kronecker product reaches.
         UnsupportedBaseError: a live model stores weights in no known way.
     """
     goal = Goal(rank, energy, error, conv_rank)
-    if algebra == "lora":
-        goal.require_loss()
+    _check_settings(algebra, goal, factor)
     options = {"family": family, "component": component}
     new, old = (open_checkpoint(side, families=families, **options) for side in (tuned, base))
 
-    def say(delta: FullDelta, place: str) -> Fitted:
-        sound(delta, place)
+    def say(delta: FullDelta) -> Fitted:
+        sound(delta)
         if algebra == "full":
             made = as_full(delta, dtype=dtype)
         else:
             made = as_lora(delta, goal, dtype=dtype) if algebra == "lora" else as_lokr(delta, goal, factor, dtype)
-        sound(made.delta, place)
+        sound(made.delta)
         return made
 
+    def diff(part: str, path: str) -> Tensor:
+        one, other = (side.weights.deltas[part][path].tensors()["diff"] for side in (new, old))
+        return _subtracted(one, other, device).to(dtype)
+
+    is_lasting = bool(new.files and old.files)
     found = _Extraction()
     for part, path, delta in new.weights.modules():
         place = f"{part}.{path}"
-        compare = partial(_difference, delta, old.parts(part, path), place, vectors, found, device)
-        change = compare()
+        other = old.parts(part, path)
+        change = _difference(delta, other, place, vectors, found, device)
         if change is not None:
-            made, found.fits[place] = say(change, place)
-            kept = computed_again(made, lambda again=compare, at=place: say(again() or FullDelta(), at).delta)
-            found.deltas.setdefault(part, {})[path] = kept
+            try:
+                made, found.fits[place] = say(change)
+                again = partial(diff, part, path) if is_lasting else None
+                found.deltas.setdefault(part, {})[path] = computed_again(made, again)
+            except ConversionError as error:
+                found.problems.append(f"{place}: {error.what}")
+                found.mends[error.mend] = None
         if on_module is not None:
             on_module(place)
     for part, path, _ in old.weights.modules():
@@ -120,6 +132,23 @@ def extract(
     known = new.weights.family or old.weights.family
     adapter = Adapter(found.deltas, family=known, source=f"the difference of {new.label} and {old.label}")
     return Approximation(with_record(adapter, found.fits, "extract", sources, settings), found.fits, found.left_out)
+
+
+def _check_settings(algebra: str, goal: Goal, factor: int) -> None:
+    names = get_args(Algebra)
+    what, mend = "", ""
+    if algebra not in names:
+        what, mend = f"no algebra {algebra!r} for a difference", f"There are {', '.join(names)}."
+    elif algebra == "full" and goal != Goal():
+        what, mend = "a full difference loses nothing, so that no rank, energy or error goes with it", "Leave it out."
+    elif algebra != "lokr" and factor != -1:
+        what, mend = f"factor={factor} is for lokr, {algebra} has no Kronecker product", "Leave it out."
+    elif factor < 1 and factor != -1:
+        what, mend = f"factor={factor}: w1 has a size of at least 1, or -1 for one next to the square root", ""
+    if what:
+        raise ConversionError(what, mend=mend, state=UNREAD)
+    if algebra == "lora":
+        goal.require_loss()
 
 
 def _difference(
@@ -157,8 +186,7 @@ def _difference(
             reason = f"its {'bias' if name == 'bias' else 'weight'} has the shape {tuple(tensor.shape)} here and "
             found.left_out[place] = f"{reason}{tuple(theirs[name].shape)} in the base model"
             return None
-        _return_freed_memory()
-        change = computing(read_at(tensor, device)) - computing(read_at(theirs[name], device))
+        change = _subtracted(tensor, theirs[name], device)
         if not change.any():
             continue
         if change.ndim < 2 and not vectors:
@@ -170,6 +198,11 @@ def _difference(
     return FullDelta(diff=changes.get("diff"), bias=changes.get("bias"), of_parameter=delta.of_parameter)
 
 
+def _subtracted(new: Tensor, old: Tensor, device: torch.device | str | None) -> Tensor:
+    _return_freed_memory()
+    return computing(read_at(new, device)) - computing(read_at(old, device))
+
+
 def _return_freed_memory() -> None:
     """Give the system back what is free: glibc keeps it below what is kept of each module, 4 GiB of SDXL in full."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -178,6 +211,13 @@ def _return_freed_memory() -> None:
 
 
 def _check(found: _Extraction, new: Checkpoint, old: Checkpoint) -> None:
+    if found.problems:
+        raise ConversionError(
+            f"the difference of {new.label} and {old.label} cannot be said so in {len(found.problems)} modules",
+            problems=found.problems,
+            mend=" ".join(found.mends),
+            state=UNTOUCHED,
+        )
     if found.fits:
         return
     facts: dict[str, Any] = {side.label: sorted(side.weights.components) for side in (new, old)}

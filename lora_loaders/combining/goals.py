@@ -1,10 +1,15 @@
 """How much of a change is to be kept: a rank, a share of its energy, or a bound on its error."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from lora_loaders.errors import ConversionError
+
+ROUNDING = 1e-5
+"""A relative error that the decomposition in float32 may leave of what is exact."""
+UNREAD = "Nothing was read or written."
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,20 @@ class Goal:
         large = any(size > 1 for size in kernel)
         return Goal(self.conv_rank if large and self.conv_rank else self.rank, self.energy, self.error)
 
+    def beside(self, lost: float, whole: float) -> "Goal | None":
+        """The goal for what is left of a change of which an orthogonal part is lost; None if too much of it is.
+
+        Args:
+            lost: sum of the squares that are lost.
+            whole: sum of the squares of the change.
+        """
+        if self.loss is None or whole == 0:
+            return self
+        left = self.loss * whole - lost
+        if left < -(ROUNDING**2) * whole:
+            return None
+        return replace(self, energy=None, error=math.sqrt(max(0.0, left) / (whole - lost)))
+
     def choose(self, squares: Tensor, rest: float = 0.0) -> int:
         """The rank, at least 1.
 
@@ -91,4 +110,4 @@ class Goal:
 
 
 def _meaningless(what: str) -> ConversionError:
-    return ConversionError(what, state="Nothing was read or written.")
+    return ConversionError(what, state=UNREAD)

@@ -26,6 +26,7 @@ from .approximating import (
     as_lora,
     fit_of,
     fit_of_product,
+    in_dtype,
     lora_of,
     product_of,
     with_record,
@@ -235,9 +236,10 @@ def _merged(
 
 def _as_is(delta: Delta, dtype: torch.dtype) -> Fitted:
     """A change that stays what it is; only its numbers may be rounded."""
+    product = product_of(delta)
+    if isinstance(delta, LoraDelta) and product is not None:
+        return in_dtype(delta, product, dtype)
     kept = delta.map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    if isinstance(delta, LoraDelta):
-        return Fitted(kept, as_lora(delta, Goal(), dtype=dtype).fit)
     if delta.needs_base or delta.shape is None or len(delta.shape) < 2:
         return Fitted(kept, Fit(delta.rank, 0.0, 0.0))
     return Fitted(kept, fit_of(delta.delta_weight(), kept))

@@ -43,6 +43,7 @@ def resize(
     device: torch.device | str | None = None,
     on_module: Tick | None = None,
     families: Sequence[Family] = FAMILIES,
+    action: str = "resize",
 ) -> Approximation:
     """The nearest adapter of LoRAs with smaller ranks; with no goal given, every algebra's exact LoRA.
 
@@ -61,6 +62,7 @@ def resize(
         device: where to compute.
         on_module: called with the place of each module that is done.
         families: the families to tell apart; pass your own beside `FAMILIES` to add one.
+        action: what the file's history calls this step.
 
     Raises:
         AdapterFileError: the source cannot be read.
@@ -72,9 +74,8 @@ def resize(
     def change(delta: Delta, base: Base) -> Fitted:
         return as_lora(delta, goal, base.weight, dtype, base.bias)
 
-    return _changed(
-        read_whole(source, family, families), change, "resize", settings, model, device, on_module, families
-    )
+    adapter = read_whole(source, family, families)
+    return _changed(adapter, change, action, settings, model, device, on_module, families)
 
 
 def to_full(
@@ -88,6 +89,9 @@ def to_full(
     families: Sequence[Family] = FAMILIES,
 ) -> Approximation:
     """The adapter with every ΔW in full, as `[out, in, *kernel]` in this dtype (its own if None); see `resize`.
+
+    Each ΔW is computed once for its error and again when it is written, so that memory holds one. With a live model,
+    whose weights may change in between, they are kept, all of them.
 
     Raises:
         AdapterFileError: the source cannot be read.
@@ -123,16 +127,17 @@ def read_at(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     return plain if device is None else plain.to(device)
 
 
-def computed_again(made: Delta, compute: Callable[[], Delta]) -> Delta:
-    """The delta with a full difference left to be computed when it is written, since many make up a whole model."""
-    if not isinstance(made, FullDelta) or made.diff is None or made.diff.ndim < 2:
+def computed_again(made: Delta, compute: Callable[[], Tensor] | None) -> Delta:
+    """The delta with a full difference left to be computed when it is written, since many make up a whole model.
+
+    Args:
+        made: any delta; what is no full difference is kept.
+        compute: gives the difference once more; None where it may be another by then, so that this one is kept.
+    """
+    if compute is None or not isinstance(made, FullDelta) or made.diff is None or made.diff.ndim < 2:
         return at_hand(made, "cpu")
-
-    def diff() -> Tensor:
-        return compute().tensors()["diff"].cpu()
-
-    bias = None if made.bias is None else made.bias.cpu()
-    return replace(made, diff=FileTensor.computed(form_of(made.diff.shape, made.diff.dtype), diff), bias=bias)
+    diff = FileTensor.computed(form_of(made.diff.shape, made.diff.dtype), lambda: compute().cpu())
+    return replace(made, diff=diff, bias=None if made.bias is None else made.bias.cpu())
 
 
 class Base(NamedTuple):
@@ -177,8 +182,8 @@ def _widened_for(delta: Delta, base: Base) -> Base:
     )
 
 
-def sound(delta: Delta, place: str | None = None) -> Delta:
-    """The delta, if all of its numbers are; `place` names its module in the error.
+def sound(delta: Delta) -> Delta:
+    """The delta, if all of its numbers are.
 
     Raises:
         ConversionError: some are NaN or infinite, from which nothing can be computed.
@@ -186,7 +191,7 @@ def sound(delta: Delta, place: str | None = None) -> Delta:
     bad = [name for name, t in delta.tensors().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise ConversionError(
-            f"{f'{place}: ' if place else ''}NaN or infinity in {', '.join(bad)}",
+            f"NaN or infinity in {', '.join(bad)}",
             mend="The source is damaged where it holds them itself; else its numbers are too large for this dtype: "
             "write float32 or bfloat16 (dtype=…, --dtype …).",
         )
@@ -213,7 +218,8 @@ def _changed(
         try:
             compute = partial(_made, change, checkpoint, component, path, delta, device)
             made, fits[place] = compute()
-            deltas.setdefault(component, {})[path] = computed_again(made, lambda again=compute: again().delta)
+            again = partial(_diff_of, compute) if checkpoint is None or checkpoint.files else None
+            deltas.setdefault(component, {})[path] = computed_again(made, again)
         except ConversionError as error:
             problems.append(f"{place}: {error.what}")
             mends[error.mend] = None
@@ -228,6 +234,10 @@ def _changed(
         )
     made_adapter = with_record(replace(adapter, deltas=deltas), fits, action, [adapter.source], settings)
     return Approximation(made_adapter, fits)
+
+
+def _diff_of(compute: Callable[[], Fitted]) -> Tensor:
+    return compute().delta.tensors()["diff"]
 
 
 def _made(

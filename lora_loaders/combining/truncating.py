@@ -21,7 +21,10 @@ SETTLED = 1e-3
 
 
 class Pair(NamedTuple):
-    """Factors of a matrix, `up` `[rows, rank]` and `down` `[rank, columns]`; each holds √σ, so both have one size."""
+    """Factors of a matrix, `up` `[rows, rank]` and `down` `[rank, columns]`; each holds √σ, so both have one size.
+
+    Those of several matrices are stacked: `[matrices, rows, rank]`.
+    """
 
     up: Tensor
     down: Tensor
@@ -31,6 +34,7 @@ def of_product(up: Tensor, down: Tensor, goal: Goal) -> Pair:
     """The best factors of `up @ down`, without building it.
 
     With up = Q₁R₁ and downᵀ = Q₂R₂, the small R₁R₂ᵀ has the singular values of the product. Cost O((m + n)·k²).
+    Several products have one rank, the smallest that reaches the goal over all of them.
     """
     left, small_left = torch.linalg.qr(up)
     right, small_right = torch.linalg.qr(down.mT)
@@ -46,7 +50,7 @@ def of_matrix(matrix: Tensor, goal: Goal) -> Pair:
     https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1). ‖A‖² is known, so the error of each step is too: it goes
     on until the error has settled. Where the error decides the rank, what the sketch leaves out is measured.
     """
-    total, size = _energy(matrix), min(matrix.shape)
+    total, size = energy_of(matrix), min(matrix.shape)
     limit = min(goal.rank or size, size)
     columns = limit + OVERSAMPLING if not goal.loss else min(limit, FIRST_SKETCH) + OVERSAMPLING
     basis = None
@@ -56,7 +60,7 @@ def of_matrix(matrix: Tensor, goal: Goal) -> Pair:
         u, sigma, vh = torch.linalg.svd(projected, full_matrices=False)
         squares = sigma.double().square()
         known, beyond = squares.tensor_split([columns - OVERSAMPLING])
-        rest = 0.0 if not goal.loss else _energy(matrix.addmm(basis, projected, alpha=-1)) + float(beyond.sum())
+        rest = 0.0 if not goal.loss else energy_of(matrix.addmm(basis, projected, alpha=-1)) + float(beyond.sum())
         over = 0.0 if not goal.loss else rest - goal.loss * total
         if over <= 0 or known.numel() >= limit:
             pair = _cut(u, sigma[: known.numel()], vh, goal, rest)
@@ -81,12 +85,13 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cut(u: Tensor, sigma: Tensor, vh: Tensor, goal: Goal, rest: float = 0.0) -> Pair:
-    rank = goal.choose(sigma.double().square(), rest)
-    root = sigma[:rank].sqrt()
-    return Pair(u[:, :rank] * root, vh[:rank] * root[:, None])
+    rank = goal.choose(sigma.double().square().view(-1, sigma.shape[-1]).sum(0), rest)
+    root = sigma[..., :rank].sqrt()
+    return Pair(u[..., :rank] * root[..., None, :], vh[..., :rank, :] * root[..., None])
 
 
-def _energy(tensor: Tensor) -> float:
+def energy_of(tensor: Tensor) -> float:
+    """The sum of squares, which is that of the singular values."""
     # Exact in float64; one pass over a matrix is nothing beside its products.
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 

@@ -105,6 +105,9 @@ def test_convert_as_full_and_back_as_lora_keeps_the_change(run: Run, file: Path,
     assert done.exit_code == 0, done.stderr
     assert error_between(file, back, TO_Q) < 1e-5
     assert "relative error of ΔW" in done.stdout
+    with safe_open(back, "pt") as opened:
+        steps = json.loads(opened.metadata()["lora_loaders.history"])
+    assert [step["action"] for step in steps] == ["to full", "to lora"]
 
 
 def test_convert_as_lora_of_what_has_no_rank_asks_for_one(run: Run, file: Path, tmp_path: Path) -> None:
@@ -185,6 +188,9 @@ def test_extract_finds_what_was_added(run: Run, tmp_path: Path) -> None:
     made = change_in(target, key)
     torch.testing.assert_close(made.float(), change, rtol=1e-2, atol=1e-2)
     assert len(load_file(target)[f"{key}.lora_down.weight"]) == 2
+    result = run("extract", *sides, tmp_path / "full.safetensors", "--as", "full", "--rank", 2)
+    assert result.exit_code == 2
+    assert "a full difference loses nothing" in result.stderr
 
 
 # verify

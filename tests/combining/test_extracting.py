@@ -234,12 +234,15 @@ def test_weights_that_cannot_be_read_say_what_to_give_instead() -> None:
     assert "offloading" in no_data.value.mend
 
 
-@pytest.mark.parametrize("algebra", ["lora", "lokr", "full"])
+SETTINGS: dict[str, dict[str, Any]] = {"lora": {"rank": 2}, "lokr": {"rank": 2, "factor": 4}, "full": {}}
+
+
+@pytest.mark.parametrize("algebra", SETTINGS)
 def test_the_stated_error_is_that_of_the_written_file(
-    base: Weights, tuned: Weights, tmp_path: Path, algebra: str
+    base: Weights, tuned: Weights, tmp_path: Path, algebra: Any
 ) -> None:
     new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
-    done = ll.extract(new, old, algebra=algebra, rank=2, factor=4)  # type: ignore[arg-type]
+    done = ll.extract(new, old, algebra=algebra, **SETTINGS[algebra])
     path = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "kohya")
     for _, module, delta in ll.read_adapter(path).modules():
         key = f"{module}.weight"
@@ -270,6 +273,17 @@ def test_a_module_of_another_shape_is_left_out_by_name(base: Weights, tuned: Wei
     done = ll.extract(new, old, rank=3)
     assert "(32, 20, 3, 3)" in done.left_out["unet.down_blocks.1.resnets.0.conv1"]
     assert done.adapter.components == {"unet": 2}
+
+
+def module_at(path: str, weight: Tensor) -> nn.Module:
+    """A model with one layer, at this path."""
+    *parents, name = path.split(".")
+    layer = nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data = weight.clone()
+    made: nn.Module = nn.ModuleDict({name: layer})
+    for parent in reversed(parents):
+        made = nn.ModuleDict({parent: made})
+    return made
 
 
 class Model(nn.Module):
@@ -320,7 +334,7 @@ def test_numbers_that_are_none_or_too_large_for_the_dtype_name_the_module(algebr
     new, old = Model(it=False), Model(it=False)
     new.get_submodule("it").get_parameter("weight").data[1, 2] = value
     with pytest.raises(ll.ConversionError, match=r"unet\.it: NaN or infinity"):
-        ll.extract(new, old, rank=2, algebra=algebra, dtype=torch.float16, component="unet")
+        ll.extract(new, old, algebra=algebra, dtype=torch.float16, component="unet", **SETTINGS[algebra])
 
 
 def test_two_equal_models_are_an_error(base: Weights, tmp_path: Path) -> None:
@@ -343,6 +357,55 @@ def test_a_lora_without_a_goal_and_a_folder_without_weights_are_refused(tmp_path
         ll.extract(tmp_path, tmp_path)
     with pytest.raises(ll.AdapterFileError, match="no safetensors files"):
         ll.extract(tmp_path, tmp_path, rank=1)
+
+
+def test_a_bound_that_lokr_cannot_reach_names_the_modules(base: Weights, tuned: Weights, tmp_path: Path) -> None:
+    new, old = write_folder(tmp_path / "tuned", tuned), write_folder(tmp_path / "base", base)
+    with pytest.raises(ll.ConversionError, match="in 3 modules") as refused:
+        ll.extract(new, old, algebra="lokr", error=0.05)
+    assert {problem.partition(":")[0] for problem in refused.value.problems} == {f"unet.{path}" for path in SHAPES}
+    assert "--as lora" in refused.value.mend
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"algebra": "nonsense", "rank": 3}, "'nonsense'"),
+        ({"algebra": "full", "rank": 3}, "rank"),
+        ({"algebra": "full", "energy": 0.9}, "energy"),
+        ({"algebra": "full", "conv_rank": 2}, "rank"),
+        ({"algebra": "lora", "rank": 3, "factor": 4}, "factor=4"),
+        ({"algebra": "full", "factor": 4}, "factor=4"),
+        ({"algebra": "lokr", "factor": 0}, "factor=0"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_to_the_algebra_are_refused_before_anything_is_read(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ll.ConversionError, match=named) as refused:
+        ll.extract(tmp_path / "none", tmp_path / "none", **settings)
+    assert refused.value.state == "Nothing was read or written."
+
+
+@pytest.mark.parametrize("side", ["tuned", "base"])
+@pytest.mark.parametrize("other_in_file", [False, True])
+def test_a_full_difference_of_a_live_model_is_that_of_the_moment(
+    side: str, other_in_file: bool, base: Weights, tuned: Weights, tmp_path: Path
+) -> None:
+    path = f"{BLOCK}.attn1.to_q"
+    sides: dict[str, Any] = {"tuned": tuned, "base": base}
+    models = {name: module_at(path, weights[f"{path}.weight"]) for name, weights in sides.items()}
+    given: dict[str, Any] = {name: {"unet": model} for name, model in models.items()}
+    if other_in_file:
+        other = "base" if side == "tuned" else "tuned"
+        given[other] = write_folder(tmp_path / other, sides[other])
+    done = ll.extract(given["tuned"], given["base"], algebra="full", dtype=torch.float32, family="sdxl")
+    weights = (tuned[f"{path}.weight"], base[f"{path}.weight"])
+    weight = models[side].get_parameter(f"{path}.weight").data
+    weight.copy_(weights[side == "tuned"])  # as the other side has it: nothing would be left
+    out = ll.write_adapter(done.adapter, tmp_path / "out.safetensors", "kohya")
+    assert torch.equal(ll.read_adapter(out).deltas["unet"][path].delta_weight(), weights[0] - weights[1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory in ways of their own")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from lora_loaders.adapter import Adapter
 from lora_loaders.combining.approximating import Approximation, as_full, as_lokr, as_lora
 from lora_loaders.combining.goals import Goal
 from lora_loaders.combining.truncating import of_matrix, of_product
-from lora_loaders.deltas import DoraDelta, FullDelta, LokrDelta, LoraDelta, SetDelta, build
+from lora_loaders.deltas import DoraDelta, ExpertsDelta, FullDelta, LokrDelta, LoraDelta, SetDelta, build
 from lora_loaders.errors import ConversionError
+from lora_loaders.lazy import FileTensor
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 MATRICES = [name for name, case in CASES.items() if case.build().shape is not None and name != "modulation"]
@@ -69,17 +71,33 @@ def test_without_a_goal_a_low_rank_algebra_keeps_its_change(name: str) -> None:
     assert fit.error < 1e-7
 
 
-@pytest.mark.parametrize("tucker", [False, True], ids=["plain", "tucker"])
 @pytest.mark.parametrize("rank", [8, 99])
-def test_a_lora_that_is_small_enough_is_left_alone(rank: int, tucker: bool) -> None:
-    kernel = (1, 1) if tucker else (3, 3)
-    slots = {"up": randn(16, 8, 1, 1), "down": randn(8, 12, *kernel), **({"mid": randn(8, 8, 3, 3)} if tucker else {})}
-    slots = {name: tensor.half() for name, tensor in slots.items()}
+def test_a_lora_that_is_small_enough_is_left_alone(rank: int) -> None:
+    slots = {"up": randn(16, 8, 1, 1).half(), "down": randn(8, 12, 3, 3).half()}
     delta = build(slots, 4.0)
     made, fit = as_lora(delta, Goal(rank=rank))
     assert made.alpha_value == 4.0
     assert all(torch.equal(made.tensors()[name], tensor) for name, tensor in slots.items())
     assert fit.error == 0.0
+
+
+@pytest.mark.parametrize("goal", [{}, {"rank": 8}, {"rank": 99}], ids=str)
+def test_a_tucker_core_is_multiplied_in_and_peft_reads_the_file(goal: dict[str, int], tmp_path: Path) -> None:
+    up, mid, down = randn(16, 8), randn(8, 8, 3, 3), randn(8, 12)
+    change = torch.einsum("or,rskl,si->oikl", up, mid, down) * 4 / 8
+    cells = {"up": up[..., None, None], "mid": mid, "down": down[..., None, None]}
+    delta = build({name: tensor.float() for name, tensor in cells.items()}, 4.0)
+    done = ll.resize(ll.Adapter({"transformer": {"conv": delta}}), **goal)
+    made = done.adapter.deltas["transformer"]["conv"]
+    assert set(made.tensors()) == {"up", "down"}
+    assert (made.rank, made.alpha_value) == (8, 4.0)
+    assert error_of(change, made.delta_weight()) < 1e-6
+    assert done.error < 1e-6
+    peft = pytest.importorskip("peft", reason="reads the file with peft")
+    ll.write_adapter(done.adapter, tmp_path, "peft")
+    read = peft.PeftModel.from_pretrained(nn.ModuleDict({"conv": nn.Conv2d(12, 16, 3)}), str(tmp_path))
+    layer = read.base_model.model["conv"]
+    assert error_of(change, layer.get_delta_weight(layer.active_adapter[0]).detach()) < 1e-6
 
 
 @pytest.mark.parametrize("goal", [Goal(), Goal(rank=8)], ids=["no goal", "its own rank"])
@@ -90,6 +108,60 @@ def test_a_lora_that_is_only_rounded_tells_the_error_of_it(goal: Goal) -> None:
     assert isinstance(made, LoraDelta)
     assert fit.error == pytest.approx(error_of(slots["up"] @ slots["down"], rounded), rel=1e-4)
     assert fit.error > 1e-4
+
+
+class Experts(nn.Module):
+    """Three experts' weights in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 12, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[experts, rows, 9]` to `[experts, rows, 12]`."""
+        return x @ self.weight.mT
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("goal", [{"rank": 2}, {"rank": 5}, {"rank": 2, "conv_rank": 1}, {"energy": 0.9}, {}], ids=str)
+def test_stacked_experts_are_cut_each_for_itself_and_peft_reads_the_file(
+    goal: dict[str, Any], transposed: bool, rslora: bool, tmp_path: Path
+) -> None:
+    # PEFT's layout: rows of `down` run over experts first, columns of `up` over the rank first.
+    ups, downs = randn(3, 12, 4), randn(3, 4, 9)
+    change = ups @ downs * -2 / (math.sqrt(4) if rslora else 4)
+    delta = ExpertsDelta(
+        down=downs.flatten(0, 1).float(),
+        up=ups.permute(1, 2, 0).flatten(1).float(),
+        experts=3,
+        alpha=-2.0,
+        rslora=rslora,
+        transposed=transposed,
+        of_parameter=True,
+    )
+    done = ll.resize(ll.Adapter({"transformer": {"experts.weight": delta}}), **goal)
+    made = done.adapter.deltas["transformer"]["experts.weight"]
+    sigma = torch.linalg.svdvals(change)
+    lost = [float(sigma[:, rank:].norm() / sigma.norm()) for rank in range(5)]
+    wanted = (
+        next(rank for rank in range(5) if lost[rank] ** 2 <= 0.1) if goal == {"energy": 0.9} else goal.get("rank", 4)
+    )
+    assert isinstance(made, ExpertsDelta)
+    assert made.rank == min(wanted, 4)
+    assert error_of(change.mT if transposed else change, made.delta_weight()) == pytest.approx(
+        lost[made.rank], abs=1e-6
+    )
+    assert done.error == pytest.approx(lost[made.rank], abs=1e-6)
+    if transposed:
+        return  # of transformers' modules alone, which say so themselves
+    peft = pytest.importorskip("peft", reason="reads the file with peft")
+    ll.write_adapter(done.adapter, tmp_path, "peft")
+    model = nn.ModuleDict({"experts": Experts()})
+    model.forward = lambda x: model["experts"](x)
+    read = peft.PeftModel.from_pretrained(model, str(tmp_path))
+    outputs = read(torch.eye(9).expand(3, 9, 9)).detach()
+    assert error_of(change, outputs.mT) == pytest.approx(lost[made.rank], abs=1e-6)
 
 
 def test_dora_is_cut_with_its_base_weight_and_refused_without() -> None:
@@ -191,6 +263,43 @@ def test_a_kronecker_product_is_the_nearest_one() -> None:
     assert error_of(whole, left @ right) == pytest.approx(best_error(whole, 2), rel=1e-6)
 
 
+def near_kronecker(miss: float) -> tuple[Tensor, float]:
+    """A change that a product nearly says, and the relative error that the best product leaves."""
+    w2 = (torch.linalg.qr(randn(6, 5)).Q * 0.5 ** torch.arange(5)) @ torch.linalg.qr(randn(5, 5)).Q
+    change = torch.kron(randn(4, 3), w2)
+    noise = randn(24, 15)
+    change = change + noise * (miss * change.norm() / noise.norm())
+    blocks = torch.stack([block.flatten() for row in change.chunk(4) for block in row.chunk(3, 1)])
+    sigma = torch.linalg.svdvals(blocks)
+    return change, float(sigma[1:].norm() / sigma.norm())
+
+
+@pytest.mark.parametrize(
+    "goal", [{"error": 0.3}, {"error": 0.2}, {"error": 0.12}, {"energy": 0.9}, {"energy": 0.98}], ids=str
+)
+def test_a_bound_on_a_kronecker_product_counts_what_the_product_itself_misses(goal: dict[str, float]) -> None:
+    change, miss = near_kronecker(0.1)
+    made, fit = as_lokr(FullDelta(diff=change), Goal(**goal), factor=4)
+    bound = goal.get("error", math.sqrt(1 - goal.get("energy", 0)))
+    assert fit.error == pytest.approx(error_of(change, made.delta_weight()), rel=1e-6)
+    assert miss < fit.error <= bound
+    # One rank less breaks the bound.
+    smaller, _ = as_lokr(FullDelta(diff=change), Goal(rank=(made.rank or 6) - 1), factor=4)
+    assert error_of(change, smaller.delta_weight()) > bound
+
+
+def test_a_bound_that_no_kronecker_product_reaches_is_refused() -> None:
+    change, miss = near_kronecker(0.1)
+    for goal in (Goal(error=0.9 * miss), Goal(error=0), Goal(energy=1), Goal(rank=3, error=0.05)):
+        with pytest.raises(ll.ConversionError, match=f"relative error of {miss:.3g} at any rank"):
+            as_lokr(FullDelta(diff=change), goal, factor=4)
+    exact, _ = near_kronecker(0)
+    for dtype in (torch.float64, torch.float32):
+        made, fit = as_lokr(FullDelta(diff=exact.to(dtype)), Goal(error=0), factor=4)
+        assert made.rank is None
+        assert fit.error < 1e-6
+
+
 @pytest.mark.parametrize(
     "goal", [{"rank": 0}, {"conv_rank": 0}, {"energy": 0}, {"energy": 1.1}, {"error": 1}, {"energy": 0.9, "error": 0.1}]
 )
@@ -255,6 +364,20 @@ def test_modules_that_need_weights_are_all_named_and_work_with_them() -> None:
     for path, dora in doras.items():
         wanted = dora.delta_weight(model[path].weight.detach())
         torch.testing.assert_close(done.adapter.deltas["transformer"][path].delta_weight(), wanted)
+
+
+@pytest.mark.parametrize("has_live_model", [True, False])
+def test_a_change_in_full_waits_until_it_is_written_unless_a_live_model_may_change(has_live_model: bool) -> None:
+    model, norms = nn.ModuleDict({"a": nn.Linear(6, 8)}).double(), randn(8, 1).abs()
+    lora = LoraDelta(up=randn(8, 3), down=randn(3, 6))
+    weight = model["a"].weight.data
+    whole = weight + lora.up @ lora.down
+    change = norms / whole.norm(dim=1, keepdim=True) * whole - weight if has_live_model else lora.up @ lora.down
+    adapter = ll.Adapter({"transformer": {"a": DoraDelta(inner=lora, magnitude=norms) if has_live_model else lora}})
+    made = ll.to_full(adapter, model=model if has_live_model else None).adapter.deltas["transformer"]["a"]
+    assert isinstance(made.tensors()["diff"], FileTensor) == (not has_live_model)
+    weight.mul_(3)
+    torch.testing.assert_close(made.delta_weight(), change)
 
 
 WRONG = {
