@@ -21,7 +21,7 @@ from .files import Contents, read
 from .formats import RawModule, is_embedding
 from .locating import HubOptions
 from .peft_parameters import read_with_parameters
-from .placing import Layout, Reading, bind
+from .placing import Layout, Reading, bind, own_path
 from .scaling import Scalings
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
@@ -80,6 +80,8 @@ def parse(
     if not _are_known(modules, known, layout):
         modules = unwrapped(modules, [known] if known else families)
         known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
+    if family is None and known is not None and layout is not None and _speaks_its_own(modules, known, layout):
+        known, ties = None, ()
     reading = Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     malformed = 0
@@ -122,8 +124,19 @@ def _are_known(modules: Sequence[RawModule], family: Family | None, layout: Layo
         return True
     if layout is None:
         return False
-    component = family.denoiser if family is not None else layout.denoiser() or ""
-    return any(layout.find(component, module.name) is not None for module in modules)
+    if family is None:
+        return any(own_path(module, layout) is not None for module in modules)
+    return any(layout.find(family.denoiser, module.name) is not None for module in modules)
+
+
+def _speaks_its_own(modules: Sequence[RawModule], guess: Family, layout: Layout) -> bool:
+    """Whether a live model that no family knows has more of these names than the family that the file looks like.
+
+    A ControlNet's blocks are called as the UNet's that it is a copy of.
+    """
+    own = sum(own_path(module, layout) is not None for module in modules)
+    guessed = sum(any(layout.find(c, p) for c, r in readings_of(m, guess) for p in r.paths) for m in modules)
+    return own > guessed
 
 
 def _no_adapter(label: str, left: Mapping[str, str]) -> UnknownFormatError:

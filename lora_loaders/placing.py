@@ -125,14 +125,27 @@ def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: Re
     """Component and first path of a module, the live model asked where the tables are silent."""
     if len(readings) == 1:
         return readings[0][0], readings[0][1].paths[0]
+    if reading.family is None and reading.layout is not None:
+        path = own_path(module, reading.layout)
+        if path is not None or module.component in ("", "denoiser"):
+            return reading.layout.denoiser() or module.component, path
     hints = [*(reading.family.named_component(module.component) if reading.family else ()), module.component]
-    if reading.family is None and reading.layout is not None and module.component in ("", "denoiser"):
-        hints = [reading.layout.denoiser() or module.component]  # a model of no known family
     for component in hints if not readings and reading.layout is not None else ():
         path = reading.layout.find(component, module.name) if reading.layout else None
         if path is not None:
             return component, path
     return hints[0], None
+
+
+def own_path(module: RawModule, layout: Layout) -> str | None:
+    """The path that a name means in the first of live models that no family knows.
+
+    What looks like a prefix may be a level of the model's own: a VAE has a `decoder`.
+    """
+    model = layout.denoiser() or ""
+    before, _, _ = next(iter(module.keys.values())).rpartition(f"{module.name}.")
+    path = layout.find(model, before + module.name)
+    return path if path is not None or module.component not in ("", "denoiser") else layout.find(model, module.name)
 
 
 def _are_equal(one: str, other: str, contents: Contents) -> bool:
