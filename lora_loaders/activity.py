@@ -224,7 +224,9 @@ def unload(
         shared.reserved = 0
         if not adapter_names(model):
             unwatch(model)
-    delete(model, adapter_names(model))
+    # The layers' own names too: diffusers' unload does not know these layers, and takes away the table alone.
+    of_layers = (name for _, layer in adapter_layers(model) for name in layer.templates)
+    delete(model, list(dict.fromkeys([*adapter_names(model), *of_layers])))
 
 
 def move(models: Iterable[nn.Module], names: Sequence[str], device: torch.device | str | int) -> None:

@@ -213,9 +213,9 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def _check_name(name: str | None, models: Mapping[str, nn.Module], hotswap: bool) -> str:
     present = {name for model in models.values() for name in adapter_names(model)}
-    if name is None:
+    if name is None and not hotswap:
         return next(f"default_{n}" for n in range(len(present) + 1) if f"default_{n}" not in present)
-    if hotswap and name not in present:
+    if name is None or (hotswap and name not in present):
         raise AdapterStateError(
             f"Trying to hotswap LoRA adapter '{name}' but there is no existing adapter by that name. "
             "Please choose an existing adapter name or set `hotswap=False` to prevent hotswapping.",

@@ -282,3 +282,21 @@ def test_detach_reaches_a_component_that_was_replaced() -> None:
     assert type(first) is diffusers.UNet2DConditionModel
     pipe.unet = first
     assert torch.equal(render(pipe), plain)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_layers_without_a_table_are_unloaded(fused: bool) -> None:
+    """diffusers' own unload, met after `unpatch_diffusers`, takes the table and the flag and knows no layer of ours."""
+    pipe = ll.attach(pipeline("sd15"))
+    before = photograph(pipe)
+    picture = render(pipe)
+    pipe.load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
+    if fused:
+        pipe.fuse_lora()
+    for model in components_of(pipe).values():
+        del model.peft_config
+        model._hf_peft_config_loaded = None
+    pipe.unload_lora_weights(keep_fused=False)
+    assert [adapter_layers(model) for model in components_of(pipe).values()] == [[]] * len(components_of(pipe))
+    assert before.differences(photograph(pipe)) == []
+    assert torch.equal(render(pipe), picture)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -216,6 +217,36 @@ def test_what_diffusers_warns_of_is_a_warning_on_its_logger(caplog: pytest.LogCa
     pipe.load_lora_weights(adapter_file(pipe).tensors, adapter_name="a")
     pipe.set_adapters("a", {"foo": 0.5, "transformer": 0.5})
     assert "not part of the pipeline: ['foo']" in caplog.text
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("level", ["pipeline", "model"])
+def test_unknown_names_are_a_warning_and_the_others_are_deleted(level: str, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers with peft deletes and moves what there is, and says nothing of the rest."""
+    pipe = pipeline("sd15")
+    logger = "diffusers.loaders.lora_base" if level == "pipeline" else "diffusers.loaders.peft"
+    caplog.set_level(logging.WARNING, logger)
+    logging.getLogger(logger).addHandler(caplog.handler)
+    one = pipe if level == "pipeline" else pipe.unet
+
+    def warned(call: Callable[[], None]) -> bool:
+        caplog.clear()
+        call()
+        return any(record.name == logger and "adapter: nope" in record.getMessage() for record in caplog.records)
+
+    assert warned(lambda: one.delete_adapters("nope"))
+    for name in ("a", "b"):
+        pipe.load_lora_weights(adapter_file(pipe, components=["unet"]).tensors, adapter_name=name)
+    assert warned(lambda: one.delete_adapters("nope"))
+    assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
+    assert level == "model" or warned(lambda: pipe.set_lora_device(["nope", "a"], "cpu"))
+    assert warned(lambda: one.delete_adapters(["nope", "a"]))
+    assert pipe.get_list_adapters() == {"unet": ["b"]}
+    assert not warned(lambda: one.set_adapters("b"))
+    for owner in (ll.attach(pipe), pipe.unet):
+        with pytest.raises(ll.AdapterStateError, match="not in the list of present adapters"):
+            owner.delete_adapters(["nope", "b"])
+    assert pipe.get_list_adapters() == {"unet": ["b"]}
 
 
 @pytest.mark.usefixtures("patched")

@@ -5,11 +5,13 @@ Code that was written for diffusers goes on after a warning; its tests and its u
 
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from lora_loaders.activity import names_of
 from lora_loaders.errors import NothingFitsError, UnknownFormatError
 from lora_loaders.formats import NO_SUFFIX
 from lora_loaders.fusing import fused_adapters
@@ -124,6 +126,39 @@ def _means(pipeline: Any, key: str) -> bool:
     return key in (*components, "down", "mid", "up") or any(is_under(path, key) for path in paths)
 
 
+def _present(names: str | Sequence[str], present: Collection[str], logger: logging.Logger) -> list[str]:
+    """Those of the names that there are; diffusers lets the others pass."""
+    asked = names_of(names)
+    unknown = [name for name in asked if name not in present]
+    if unknown:
+        text = "No such adapter: %s (present: %s). It was ignored."
+        logger.warning(text, ", ".join(unknown), ", ".join(present) or "none")
+    return [name for name in asked if name in present]
+
+
+def _of_any_component(pipeline: Any) -> list[str]:
+    listed: Mapping[str, list[str]] = pipeline.get_list_adapters()
+    return list(dict.fromkeys(name for names in listed.values() for name in names))
+
+
+@functools.wraps(LoraPipelineMixin.delete_adapters)
+def delete_adapters(self: Any, adapter_names: str | Sequence[str]) -> None:
+    """Warn of names that there are not, and delete the others."""
+    LoraPipelineMixin.delete_adapters(self, _present(adapter_names, _of_any_component(self), OF_BASE))
+
+
+@functools.wraps(LoraPipelineMixin.set_lora_device)
+def set_lora_device(self: Any, adapter_names: Sequence[str], device: torch.device | str | int) -> None:
+    """Warn of names that there are not, and move the others."""
+    LoraPipelineMixin.set_lora_device(self, _present(adapter_names, _of_any_component(self), OF_BASE), device)
+
+
+@functools.wraps(LoraModelMixin.delete_adapters)
+def delete_model_adapters(self: Any, adapter_names: str | Sequence[str]) -> None:
+    """Warn of names that there are not, and delete the others."""
+    LoraModelMixin.delete_adapters(self, _present(adapter_names, self._adapter_names(), OF_MODELS))
+
+
 def _leaves(fused: Collection[str], keep_fused: bool | None, logger: logging.Logger) -> bool | None:
     """What becomes of fused adapters: they stay in the weights where nobody says, as in diffusers, with a warning."""
     if keep_fused is None and fused:
@@ -192,6 +227,8 @@ def _norm_layers(self: nn.Module) -> dict[str, Any] | None:
 PIPELINE_WORDS: dict[str, Any] = {
     "load_lora_weights": load_lora_weights,
     "set_adapters": set_adapters,
+    "delete_adapters": delete_adapters,
+    "set_lora_device": set_lora_device,
     "unload_lora_weights": unload_lora_weights,
     "load_lora_into_unet": _into("load_lora_into_unet", "unet", OF_MODELS),
     "load_lora_into_transformer": _into("load_lora_into_transformer", "transformer", OF_MODELS),
@@ -200,5 +237,6 @@ PIPELINE_WORDS: dict[str, Any] = {
 MODEL_WORDS: dict[str, Any] = {
     "load_lora_adapter": load_lora_adapter,
     "unload_lora": unload_lora,
+    "delete_adapters": delete_model_adapters,
     "_transformer_norm_layers": property(_norm_layers),
 }

@@ -55,10 +55,10 @@ def patch_diffusers() -> None:
     """Let every pipeline and model class of diffusers, loaded or still to come, use this package's LoRA methods.
 
     Working code needs no other change: names, signatures and return values are diffusers', `scale` in the attention
-    arguments and `lora_scale` are honoured, and peft may be installed or not. What diffusers only warns of (a file in
-    which nothing fits, unknown components in `set_adapters`) is a warning here too, on diffusers' own loggers, while
-    `attach` raises; and what is fused stays in the weights when it is unloaded. Does nothing where it is done.
-    `unpatch_diffusers` takes all of it back.
+    arguments and `lora_scale` are honoured, and peft may be installed or not. What diffusers only warns of or lets pass
+    (a file in which nothing fits, unknown components in `set_adapters`, unknown names in `delete_adapters` and
+    `set_lora_device`) is a warning here, on diffusers' own loggers, while `attach` raises; and what is fused stays in
+    the weights when it is unloaded. Does nothing where it is done. `unpatch_diffusers` takes all of it back.
     """
     if _changes.done:
         return

@@ -258,7 +258,7 @@ class LoraPipelineMixin(ComponentLoadingMixin, SavingMixin):
                 state="Nothing was changed.",
             )
         if not keep_fused:
-            fusing.unfuse_all(self._adapted())
+            fusing.unfuse_all(self.lora_components.values())
         for model in self.lora_components.values():
             keep_wide = not reset_to_overwritten_params
             activity.unload(model, keep_fused=keep_fused, keep_wide=keep_wide, keep_room=True)
