@@ -98,6 +98,15 @@ def _of_parameter(delta: LoraDelta, config: Mapping[str, Any], path: str) -> Del
     return replace(own, of_parameter=True)
 
 
+def of_one_model(metadata: Mapping[str, str], component: str, label: str) -> Mapping[str, str]:
+    """The header's metadata with a component's configuration as that of a file of one model; `label` names the file."""
+    if METADATA_KEY not in metadata:
+        return metadata
+    fields = _parsed(metadata[METADATA_KEY], label)
+    bare = {name.removeprefix(f"{component}."): value for name, value in fields.items()}
+    return {**metadata, METADATA_KEY: json.dumps(bare, indent=2, sort_keys=True)}
+
+
 def _parsed(text: str, label: str) -> Mapping[str, Any]:
     try:
         flat = json.loads(text)

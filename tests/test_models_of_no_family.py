@@ -1,12 +1,14 @@
 """Models that no family's table knows load what they saved, under any prefix or none."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import pipeline, unet, vae
 from torch import Tensor, nn
 
@@ -73,3 +75,28 @@ def test_a_model_loads_what_it_saved(kind: str, tmp_path: Path) -> None:
     bare = {key: tensor for key, tensor in load_file(path).items() if "decoder" in key} or load_file(path)
     part = ll.attach(MODELS[kind]()).load_lora_adapter(bare, prefix=None)
     assert sum(part.components.values()) * 2 == len(bare)
+
+
+@pytest.mark.parametrize("prefix", ["controlnet", "my.model", "unet", "text_encoder", "transformer"])
+@pytest.mark.parametrize("alphas", ["header", "network_alphas", "metadata"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_prefix_is_taken_off_keys_alphas_and_header(kind: str, alphas: str, prefix: str, tmp_path: Path) -> None:
+    """As diffusers does: what begins with the prefix is the model's, under the name behind it."""
+    model, other = trained(MODELS[kind]()), ll.attach(MODELS[kind]())
+    path = model.save_lora_adapter(tmp_path)
+    tensors = {f"{prefix}.{key}": tensor for key, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        fields = json.loads(file.metadata()["lora_adapter_metadata"])
+    header = {f"{prefix}.{name}": value for name, value in fields.items()}
+    if alphas == "header":
+        save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
+        report = other.load_lora_adapter(path, prefix=prefix)
+    elif alphas == "metadata":
+        report = other.load_lora_adapter(tensors, prefix=prefix, metadata=header)
+    else:
+        paths = changes(model)
+        report = other.load_lora_adapter(
+            tensors, prefix=prefix, network_alphas={f"{prefix}.{name}.alpha": 6.0 for name in paths}
+        )
+    assert (dict(report.unmatched), dict(report.ignored)) == ({}, {})
+    assert_same(model, other)

@@ -25,6 +25,7 @@ from lora_loaders.layout import shared_of
 from lora_loaders.loading import LoadReport, adapter_names, family_of, load, register
 from lora_loaders.locating import HubOptions
 from lora_loaders.saving import as_plain, capture
+from lora_loaders.scaling import of_one_model
 from lora_loaders.schedules import refuse_schedules
 from lora_loaders.tuning.adding import add_adapter
 from lora_loaders.weights import number
@@ -88,8 +89,11 @@ class LoraModelMixin(nn.Module):
         component, family = self._lora_component(prefix, families)
         if isinstance(contents, Contents) and prefix is not None:
             # The default is what diffusers calls most denoisers; a UNet's file has another name for it.
-            default = component if prefix == "transformer" else prefix
+            is_default = prefix == "transformer" and not any(key.startswith("transformer.") for key in contents.tensors)
+            default = component if is_default else prefix
             contents = replace(contents, tensors=of_component(contents.tensors, default, rename=False))
+            if family is None or default != component:  # a name that no table has
+                contents = _without(default, contents)
             if not contents.tensors:
                 raise NothingFitsError(
                     f"No LoRA keys associated to {type(self).__name__} found with the {prefix=}",
@@ -340,6 +344,17 @@ def with_alphas(
         contents = replace(contents, tensors={**contents.tensors, **extra})
     own = {k.removeprefix(f"{component}."): v for k, v in (config or {}).items() if k.startswith(f"{component}.")}
     return replace(contents, config=own or config) if config else contents
+
+
+def _without(prefix: str, contents: Contents) -> Contents:
+    """The contents without this prefix, as those of one model; a key that has it goes before the same without."""
+    cut = {key.removeprefix(f"{prefix}."): tensor for key, tensor in contents.tensors.items() if _has(prefix, key)}
+    bare = {key: tensor for key, tensor in contents.tensors.items() if not _has(prefix, key) and key not in cut}
+    return replace(contents, tensors={**cut, **bare}, metadata=of_one_model(contents.metadata, prefix, contents.label))
+
+
+def _has(prefix: str, key: str) -> bool:
+    return key.startswith(f"{prefix}.")
 
 
 def of_component(values: Mapping[str, Value], component: str, *, rename: bool = True) -> dict[str, Value]:

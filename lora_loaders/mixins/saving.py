@@ -18,7 +18,7 @@ from lora_loaders.deltas import Delta
 from lora_loaders.errors import AdapterFileError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.files import Contents, write_safetensors
-from lora_loaders.scaling import METADATA_KEY, Scalings
+from lora_loaders.scaling import METADATA_KEY, Scalings, of_one_model
 from lora_loaders.writing import to_tensors, write_adapter
 
 LAYERS, METADATA = "_lora_layers", "_lora_adapter_metadata"
@@ -106,9 +106,7 @@ def save_bare(adapter: Adapter, path: Path) -> Path:
     """Write one model's adapter under diffusers' names without the component's: a model does not know what it is."""
     tensors, header, _ = to_tensors(adapter, "diffusers")
     (component,) = adapter.components
-    fields = json.loads(header.get(METADATA_KEY, "{}"))
-    bare = {name.removeprefix(f"{component}."): value for name, value in fields.items()}
-    metadata = {**header, METADATA_KEY: json.dumps(bare, indent=2, sort_keys=True)} if bare else header
+    metadata = of_one_model(header, component, str(path))
     write_safetensors({key.removeprefix(f"{component}."): tensor for key, tensor in tensors.items()}, path, metadata)
     return path
 
