@@ -355,11 +355,12 @@ def _swap(plan: AttachPlan, models: Mapping[str, nn.Module], name: str) -> None:
         others = before.get(component, ())
         layers = [layer for _, layer in adapter_layers(model)]
         for layer in layers:
-            own = layer.weights.get(name, weight)
+            own, dropout = layer.weights.get(name, weight), layer.dropouts.get(name, 0.0)
             layer.remove(name)
             if incoming in layer.templates:
                 layer.rename(incoming, name)
                 layer.reweigh({name: own})
+                layer.dropouts[name] = dropout
             layer.active = (*others, name) if active and name not in others else others
         if component not in plan.components:
             unregister(model, name)

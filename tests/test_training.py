@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,6 +237,71 @@ def test_what_combines_adapters_leaves_training_where_it_was(model: Any) -> None
     assert trained(model) == set()
 
 
+# Going on with a training
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_training_goes_on_from_what_it_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    config = ll.LoraConfig(r=4, target_modules=["to_q", "conv1"], init_lora_weights=False, **options)
+    torch.manual_seed(0)
+    first: Any = ll.attach(unet())
+    first.add_adapter(config)
+    mixin = ll.StableDiffusionLoraLoaderMixin
+    mixin.save_lora_weights(tmp_path, unet_lora_layers=ll.adapter_state_dict(first))
+    torch.manual_seed(0)
+    second: Any = ll.attach(unet())
+    torch.manual_seed(1)
+    second.add_adapter(config)
+    held = [p for p in second.parameters() if p.requires_grad]
+    assert not torch.equal(run(second), run(first))
+    state = ll.adapter_state_dict(first)
+    if "use_dora" not in options:  # whose magnitudes have another name in diffusers' files
+        read, *_ = mixin.lora_state_dict(tmp_path)
+        state = {key.removeprefix("unet."): tensor for key, tensor in read.items()}
+    ll.load_adapter_state_dict(second, state)
+    assert [id(p) for p in second.parameters() if p.requires_grad] == [id(p) for p in held]
+    torch.testing.assert_close(run(second), run(first), rtol=0, atol=0)
+    second.requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(run(second), run(first), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_a_training_goes_on_as_with_peft() -> None:
+    peft = pytest.importorskip("peft", reason="parity with PEFT needs PEFT (scripts/setup_peers)")
+    models: list[Any] = []
+    for is_peft in (True, False):
+        torch.manual_seed(0)
+        model: Any = unet() if is_peft else ll.attach(unet())
+        fields: dict[str, Any] = {"r": 4, "target_modules": ["to_q"]}
+        model.add_adapter(peft.LoraConfig(**fields) if is_peft else ll.LoraConfig(**fields))
+        models.append(model)
+    theirs, ours = models
+    state = {key: torch.randn_like(tensor) for key, tensor in peft.get_peft_model_state_dict(theirs).items()}
+    assert not peft.set_peft_model_state_dict(theirs, dict(state)).unexpected_keys
+    ll.load_adapter_state_dict(ours, state)
+    torch.testing.assert_close(run(ours), run(theirs), rtol=1e-4, atol=1e-5)
+    assert trained(ours) == trained(theirs) == {"default"}
+
+
+def test_another_adapters_state_is_refused_and_changes_nothing(model: Any) -> None:
+    state = ll.adapter_state_dict(model, "gen")
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    first = next(iter(state))
+    wrong = {key: tensor + 1 for key, tensor in state.items() if key != first} | {
+        "nowhere.lora_A.weight": torch.ones(1)
+    }
+    second = next(iter(wrong))
+    wrong[second] = torch.ones(1, 1)
+    with pytest.raises(ll.AdapterMismatchError) as error:
+        ll.load_adapter_state_dict(model, wrong, "gen")
+    for said in (f"{first}: missing", "nowhere.lora_A.weight: no such", f"{second}: shape (1, 1)"):
+        assert said in str(error.value)
+    with pytest.raises(ll.AdapterStateError, match="no adapter 'default' is loaded"):
+        ll.load_adapter_state_dict(model, state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ll.adapter_state_dict(model, "gen").items())
+
+
 @pytest.mark.parametrize("active", [True, False])
 def test_an_adapter_that_takes_a_trained_ones_place_is_trained(model: Any, active: bool) -> None:
     model.set_adapter("gen" if active else "fake")
@@ -246,3 +312,11 @@ def test_an_adapter_that_takes_a_trained_ones_place_is_trained(model: Any, activ
     assert trained(model) == {"gen"}
     run(model).sum().backward()
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in ll.adapter_state_dict(model, "gen").items())
+
+
+def test_an_adapter_that_takes_a_trained_ones_place_has_its_dropout(model: Any) -> None:
+    model.add_adapter(ll.LoraConfig(r=2, target_modules=["to_k"], lora_dropout=0.25), "dropping")
+    state = dict(ll.adapter_state_dict(model, "dropping"))
+    model.load_lora_adapter(state, prefix=None, adapter_name="dropping", hotswap=True)
+    layers = [layer for _, layer in adapter_layers(model) if "dropping" in layer.templates]
+    assert {layer.dropouts["dropping"] for layer in layers} == {0.25}
