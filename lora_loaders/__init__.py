@@ -72,7 +72,7 @@ from .mixins.model import LoraModelMixin
 from .mixins.pipeline import LoraPipelineMixin
 from .planning import plan
 from .plans import AttachPlan
-from .saving import adapter_state_dict
+from .saving import adapter_state_dict, load_adapter_state_dict
 from .schedules import PerStep
 from .tuning.config import LoraConfig
 from .verifying import Verification, verify
@@ -157,6 +157,7 @@ __all__ = [
     "convert_folder",
     "detach",
     "extract",
+    "load_adapter_state_dict",
     "merge",
     "patch_diffusers",
     "plan",

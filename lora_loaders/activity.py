@@ -14,6 +14,7 @@ from .gates import changing, exclusive
 from .integrations.scale import is_compiled
 from .layers.arrangement import switch
 from .layers.layer import AdapterLayer
+from .layers.peft_names import train_active
 from .layers.slots import refresh, reweigh
 from .layout import adapter_layers, shared_of
 from .loading import adapter_names, unregister, unwatch
@@ -111,6 +112,7 @@ def _activate(layers: list[AdapterLayer], names: Sequence[str]) -> None:
         layer.activate(active)
     for layer in layers[:1]:
         layer.shared.enabled = True
+    train_active(layers)
     switch(layers, active)
 
 
@@ -129,7 +131,9 @@ def enable(model: nn.Module, enabled: bool) -> None:
     if shared is None:
         return
     shared.enabled = enabled
-    refresh(layer for _, layer in adapter_layers(model))
+    layers = [layer for _, layer in adapter_layers(model)]
+    train_active(layers)
+    refresh(layers)
 
 
 def names_of(given: Any) -> list[str]:
@@ -269,4 +273,5 @@ def restore(model: nn.Module, state: Activity) -> None:
     for layer, (active, weights, enabled, schedules) in zip(layers, state, strict=True):
         layer.active, layer.weights = active, weights
         layer.shared.enabled, layer.shared.schedules = enabled, schedules
+    train_active(layers)
     refresh(layers)

@@ -19,6 +19,7 @@ from .layers.base_weight import adapter_place
 from .layers.kinds import PARAMETER
 from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer, install, layer_for, uninstall
+from .layers.peft_names import train_active
 from .layers.shared import Shared
 from .layers.slots import refresh
 from .layout import adapter_layers, base_of, parent_of, shared_of
@@ -102,13 +103,17 @@ def _apply(plan: AttachPlan, name: str, activate: bool, requires_grad: bool, dro
         for layer, delta in zip(layers, deltas, strict=True):
             undo.added.append(layer)
             layer.add(name, delta, requires_grad=requires_grad, dropout=dropout)
+        for shared in touched.values() if requires_grad else ():
+            shared.trained.add(name)
         if activate:
             for component in plan.components:
                 undo.switched.append((touched[component], touched[component].enabled))
                 touched[component].enabled = True
-                for _, layer in adapter_layers(plan.models[component]):
+                present = [layer for _, layer in adapter_layers(plan.models[component])]
+                for layer in present:
                     undo.states.append((layer, layer.active))
                     layer.activate((name,))
+                train_active(present)
         refresh(layer for layer, _ in undo.states)
         for component in plan.components:
             follow_parts(plan.models[component])
@@ -122,10 +127,13 @@ def _apply(plan: AttachPlan, name: str, activate: bool, requires_grad: bool, dro
 def _take_back(undo: _Undo, name: str) -> None:
     for layer in reversed(undo.added):
         layer.remove(name)
+        layer.shared.trained.discard(name)
     for layer, active in undo.states:
         layer.active = active
     for shared, enabled in undo.switched:
         shared.enabled = enabled
+    for layer, _ in undo.states:
+        train_active([layer])
     for layer, model in undo.widened:
         narrow(layer, model)
     for parent, child, layer in reversed(undo.installed):

@@ -22,6 +22,7 @@ from .gates import changing, unwatch_forwards, versions, watch_forwards
 from .hotswap import check_swap
 from .integrations.equipping import is_equipped
 from .integrations.scale import unwatch_scale, watch_scale
+from .layers.peft_names import train_active
 from .layout import CONFIGS, LOADED, ModelLayout, adapter_layers, is_foreign, shared_of
 from .plans import AttachPlan, Binding, plan_adapter
 from .tuning.config import LoraConfig, config_of
@@ -186,14 +187,17 @@ def unregister(model: nn.Module, name: str) -> None:
     """
     configs: dict[str, LoraConfig] = model.__dict__.get(CONFIGS, {})
     configs.pop(name, None)
+    shared = shared_of(model)
+    if shared is not None:
+        shared.trained.discard(name)
     if configs:
         return
     model.__dict__.pop(CONFIGS, None)
     model.__dict__.pop(LOADED, None)
-    shared = shared_of(model)
     if shared is not None:
         for parameter in shared.frozen:
             parameter.requires_grad_(True)
+        shared.frozen = []
     if shared is None or not shared.reserved:
         unwatch(model)
 
@@ -349,15 +353,18 @@ def _swap(plan: AttachPlan, models: Mapping[str, nn.Module], name: str) -> None:
     for component in holders.keys() | plan.components.keys():
         model = models[component]
         others = before.get(component, ())
-        for _, layer in adapter_layers(model):
-            own = layer.weights.get(name, weight)
+        layers = [layer for _, layer in adapter_layers(model)]
+        for layer in layers:
+            own, dropout = layer.weights.get(name, weight), layer.dropouts.get(name, 0.0)
             layer.remove(name)
             if incoming in layer.templates:
                 layer.rename(incoming, name)
                 layer.reweigh({name: own})
+                layer.dropouts[name] = dropout
             layer.active = (*others, name) if active and name not in others else others
         if component not in plan.components:
             unregister(model, name)
+        train_active(layers)
         detach_adapters(model, [])
 
 

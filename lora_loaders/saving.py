@@ -5,17 +5,19 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .attaching import without_layers
 from .deltas import Delta
-from .errors import AdapterStateError
+from .errors import AdapterMismatchError, AdapterStateError
 from .families import Family
 from .fusing import fused_adapters
 from .gates import changing
 from .layers.layer import AdapterLayer
 from .layers.parameter import ParameterLayer
+from .layers.slots import refresh
 from .layout import ModelLayout, adapter_layers
 from .loading import CONFIGS, LOADED, adapter_names
 from .peft_parameters import registered
@@ -96,18 +98,54 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     Raises:
         AdapterStateError: no such adapter.
     """
+    return {key: parameter.detach() for key, parameter in _parameters(model, adapter_name).items()}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+    """Copy tensors under the names of `adapter_state_dict` into a live adapter: training goes on from a checkpoint.
+
+    It stands for PEFT's `set_peft_model_state_dict`. The parameters stay what they are, so that an optimiser which
+    holds them goes on, and which of them have gradients stays as it was.
+
+    Raises:
+        AdapterStateError: no such adapter.
+        AdapterMismatchError: names that are too many or missing, or another shape.
+    """
+    with changing([model]):
+        own = _parameters(model, adapter_name)
+        problems = [f"{key}: no such tensor in the adapter" for key in state_dict if key not in own]
+        problems += [f"{key}: missing in the state dictionary" for key in own if key not in state_dict]
+        shapes = [(key, tuple(own[key].shape), tuple(state_dict[key].shape)) for key in own if key in state_dict]
+        problems += [f"{key}: shape {given}, the adapter has {shape}" for key, shape, given in shapes if given != shape]
+        if problems:
+            raise AdapterMismatchError(
+                f"the state dictionary is not that of adapter {adapter_name!r} of {type(model).__name__}",
+                problems=problems,
+                mend="Make the adapter with the same configuration, and give names as adapter_state_dict has them.",
+                state="The model was not changed.",
+            )
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(state_dict[key])
+        refresh(layer for _, layer in adapter_layers(model) if adapter_name in layer.templates)
+
+
+def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters under PEFT's names."""
     layers = [(path, layer) for path, layer in adapter_layers(model) if adapter_name in layer.templates]
     if not layers:
         raise AdapterStateError(
-            f"no adapter {adapter_name!r} is loaded", problems=[f"loaded: {other}" for other in adapter_names(model)]
+            f"no adapter {adapter_name!r} is loaded",
+            problems=[f"loaded: {other}" for other in adapter_names(model)],
+            state="Nothing was changed.",
         )
-    found: dict[str, Tensor] = {}
+    found: dict[str, nn.Parameter] = {}
     for path, layer in layers:
         for name, parameter in layer.named_parameters(remove_duplicate=False):
             container, _, rest = name.partition(".")
             if container != "base_layer" and (rest == adapter_name or rest.startswith(f"{adapter_name}.")):
                 leaf = rest.removeprefix(adapter_name)
-                found[f"{path}.{container}" + ("" if container == MAGNITUDE else leaf)] = parameter.detach()
+                found[f"{path}.{container}" + ("" if container == MAGNITUDE else leaf)] = parameter
     return found
 
 

@@ -31,6 +31,12 @@ class PeftNames:
 
         def delta(self, name: str) -> Delta: ...  # noqa: D102
 
+        def parameters_of(self, name: str) -> list[nn.Parameter]: ...  # noqa: D102
+
+        SLOTS: Sequence[str]
+
+        def clear_slots(self, slots: Sequence[str]) -> None: ...  # noqa: D102
+
         def reweigh(self, weights: Mapping[str, float]) -> None: ...  # noqa: D102
 
     def get_base_layer(self) -> nn.Module:
@@ -104,7 +110,25 @@ class PeftNames:
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Make these adapters the active ones of this layer."""
         self.active = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        train_active([self])
         self._rewrite_slot()
+
+
+def train_active(layers: Sequence[PeftNames]) -> None:
+    """Give gradients to the active ones of a model's trained adapters, and take them from its others of these.
+
+    As PEFT does at each switch; adapters that were loaded are left as they are. To be called before the slots are
+    written: they remember what requires a gradient, and are written elsewhere, since a backward that is still to come
+    may need what stands in them. Reserved room stays where it is.
+    """
+    if not layers or not layers[0].shared.trained:
+        return
+    for layer in layers:
+        if not layer.shared.reserved:
+            layer.clear_slots(layer.SLOTS)
+        for name in layer.shared.trained.intersection(layer.templates):
+            for parameter in layer.parameters_of(name):
+                parameter.requires_grad_(layer.shared.enabled and name in layer.active)
 
 
 def _scaling(delta: Delta) -> float:

@@ -58,6 +58,8 @@ class Shared:
     where one more would not, it is computed in each forward instead of being kept."""
     frozen: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     """Base parameters whose gradients were switched off for training an adapter."""
+    trained: set[str] = field(default_factory=set[str])
+    """Adapters that were made to be trained: they have gradients while they are active, see `train_active`."""
     parameters: list[Any] = field(default_factory=list[Any])
     """Layers of raw parameters, whose values hold the scale."""
 

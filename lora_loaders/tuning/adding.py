@@ -14,8 +14,8 @@ from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
 from lora_loaders.errors import AdapterMismatchError
 from lora_loaders.layers.base_weight import logical_shape, read_weight
 from lora_loaders.layers.kinds import kind_of
-from lora_loaders.layout import named_bases, shared_of
-from lora_loaders.plans import AttachPlan, plan_adapter
+from lora_loaders.layout import adapter_layers, named_bases, shared_of
+from lora_loaders.plans import plan_adapter
 
 from .config import LoraConfig, accept
 
@@ -45,24 +45,18 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", component:
             state=UNTOUCHED,
         )
     deltas = {path: fresh_delta(module, path, own) for path, module in targets.items()}
-    plan: AttachPlan = plan_adapter({component: model}, Adapter({component: deltas}, source="a new adapter"))
-    base = list(model.parameters())
+    plan = plan_adapter({component: model}, Adapter({component: deltas}, source="a new adapter"))
+    layers = [layer for _, layer in adapter_layers(model)]
+    of_adapters = {id(p) for layer in layers for other in layer.templates for p in layer.parameters_of(other)}
+    present = list(model.parameters())
+    thawed = [p for p in present if p.requires_grad and id(p) not in of_adapters]
     apply(plan, name, requires_grad=True, dropout=own.lora_dropout)
     shared = shared_of(model)
     assert shared is not None
-    for parameter in base:
-        if parameter.requires_grad and not shared.frozen:
-            shared.frozen = [p for p in base if p.requires_grad]
+    shared.frozen = shared.frozen or thawed
+    for parameter in present:
         parameter.requires_grad_(False)
-    for _, layer in plan_layers(plan):
-        for parameter in layer.parameters_of(name):
-            parameter.requires_grad_(True)
     return own
-
-
-def plan_layers(plan: AttachPlan) -> list[tuple[str, Any]]:
-    """The adapter layers that now stand at a plan's paths."""
-    return [(b.path, plan.models[b.component].get_submodule(b.path)) for b in plan.bindings]
 
 
 def _check(config: LoraConfig) -> None:
