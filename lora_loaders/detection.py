@@ -253,17 +253,17 @@ def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]
     for component in family.named_component(module.component):
         readings = family.components[component].resolve(module.name)
         if readings:
-            return [_routed(reading, component, family) for reading in readings]
+            return [routed for reading in readings for routed in _routed(reading, component, family)]
     return []
 
 
-def _routed(reading: Resolved, component: str, family: Family) -> tuple[str, Resolved]:
-    """A reading with its component; one that the denoiser's table sends elsewhere is read in that table too."""
+def _routed(reading: Resolved, component: str, family: Family) -> list[tuple[str, Resolved]]:
+    """A reading with its component; one that the denoiser's table sends elsewhere is read by that table alone."""
     target = reading.rule.component
     if target is None:
-        return component, reading
+        return [(component, reading)]
     inner = family.components[target].resolve(reading.paths[0])
-    return target, replace(reading, paths=inner[0].paths) if inner else reading
+    return [(target, replace(r, rule=replace(r.rule, dialect=reading.rule.dialect))) for r in inner]
 
 
 def _by_index(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:
