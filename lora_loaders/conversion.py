@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .adapter import Adapter, Unresolved
-from .deltas import Delta, DoraDelta, build, parts_of
+from .deltas import Delta, DoraDelta, build_parts, joined, parts_of
 from .deltas.unread import UnreadDelta
 from .detection import (
     choose_family,
@@ -34,7 +34,7 @@ from .files import Contents, read
 from .formats import RawModule, is_embedding
 from .locating import HubOptions
 from .peft_parameters import read_with_parameters
-from .scaling import Scalings
+from .scaling import Scalings, alpha_of
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
 
@@ -216,16 +216,12 @@ def _bind(module: RawModule, reading: _Reading) -> None:
     readings = _chosen_readings(module, reading)
     component, path = _target(module, readings, reading)
     try:
-        delta = _delta(module, tensors, component, path, reading)
+        pieces = _pieces(tensors, component, path, reading)
         if path is None:
             reason = why_unresolved(module, readings, reading.family)
-            reading.unresolved.append(Unresolved(component, module.name, delta, keys, reason))
+            reading.unresolved.append(Unresolved(component, module.name, joined(pieces), keys, reason))
             return
-        if readings and readings[0][1].rule.parameter:
-            delta = replace(delta, of_parameter=True)
-        if readings and readings[0][1].rule.head and module.adapter:
-            delta = _heads_apart(delta, readings[0][1])
-        parts = _place(delta, readings[0][1], component, reading) if readings else {path: delta}
+        parts = _place(pieces, module, readings[0], reading) if readings else {path: joined(pieces)}
     except MalformedAdapterError as error:
         reading.problems.append(f"{module.name}: {error.what}")
         return
@@ -250,14 +246,16 @@ def _chosen_readings(module: RawModule, reading: _Reading) -> list[tuple[str, Re
     return readings
 
 
-def _delta(module: RawModule, tensors: dict[str, Tensor], component: str, path: str | None, reading: _Reading) -> Delta:
+def _pieces(tensors: dict[str, Tensor], component: str, path: str | None, reading: _Reading) -> list[Delta]:
+    """The module's delta, or those of its parts where the file has trained them apart."""
     if reading.contents.names_only:
-        return UnreadDelta()
+        return [UnreadDelta()]
     if "magnitude_out" in tensors and "magnitude" not in tensors:
         # PEFT's are per output always, also where the shape is a convolution's [1, out, 1, 1].
         tensors["magnitude"] = tensors.pop("magnitude_out").flatten()
-    alpha = _alpha(tensors.pop("alpha", None))
-    return reading.scalings.apply(build(tensors, alpha), component, path, given=alpha is not None)
+    alpha = alpha_of(tensors.pop("alpha", None))
+    pieces = build_parts(tensors, alpha)
+    return [reading.scalings.apply(piece, component, path, given=alpha is not None) for piece in pieces]
 
 
 def _target(module: RawModule, readings: list[tuple[str, Resolved]], reading: _Reading) -> tuple[str, str | None]:
@@ -279,22 +277,17 @@ def _are_equal(one: str, other: str, contents: Contents) -> bool:
     return first.shape == second.shape and (first.is_meta or first.equal(second))
 
 
-def _alpha(tensor: Tensor | None) -> float | None:
-    if tensor is None:
-        return None
-    if tensor.numel() != 1:
-        raise MalformedAdapterError(f"alpha has {tensor.numel()} values, one was expected")
-    if tensor.is_meta:
-        return 1.0
-    alpha = float(tensor)
-    if alpha != alpha or abs(alpha) == float("inf"):
-        raise MalformedAdapterError(f"alpha is {alpha}")
-    return alpha
-
-
-def _place(delta: Delta, resolved: Resolved, component: str, reading: _Reading) -> dict[str, Delta]:
+def _place(pieces: list[Delta], module: RawModule, target: tuple[str, Resolved], reading: _Reading) -> dict[str, Delta]:
     """The delta's parts under their paths: swapped and split as the rule says, sizes from a live model first."""
+    component, resolved = target
     rule, paths, layout = resolved.rule, resolved.paths, reading.layout
+    if len(pieces) == len(paths) > 1:
+        return dict(zip(paths, pieces, strict=True))
+    delta = joined(pieces)
+    if rule.parameter:
+        delta = replace(delta, of_parameter=True)
+    if rule.head and module.adapter:
+        delta = _heads_apart(delta, resolved)
     if rule.swap == "all" or (rule.swap == "last" and _is_last(resolved, component, reading, delta)):
         delta = delta.swap_halves()
     if len(paths) == 1:

@@ -180,6 +180,7 @@ def _fitting(
     component, resolved = reading
     shapes = {slot: tensors[key].shape for slot, key in module.keys.items() if tensors[key].ndim >= 2}
     rows, columns = (shapes.get(slot, shapes.get("diff")) for slot in ("up", "down"))
+    columns = columns or shapes.get("down.0")  # every part of a fused module has its inputs
     out_features = rows[0] if rows is not None and len(resolved.paths) == 1 else None
     in_features = columns[1] if columns is not None else None
     return family.fitting(component, resolved.paths[0], out_features, in_features) if shapes else None

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
 from .errors import UNTOUCHED, MalformedAdapterError
 from .peft_parameters import is_target
@@ -55,6 +57,24 @@ class Scalings:
         if self.kohya is not None and self.kohya[0] == delta.rank:
             return replace(delta, alpha=self.kohya[1])
         return delta
+
+
+def alpha_of(tensor: Tensor | None) -> float | None:
+    """The number in a file's alpha; None where there is none.
+
+    Raises:
+        MalformedAdapterError: it is no finite number.
+    """
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise MalformedAdapterError(f"alpha has {tensor.numel()} values, one was expected")
+    if tensor.is_meta:
+        return 1.0
+    alpha = float(tensor)
+    if alpha != alpha or abs(alpha) == float("inf"):
+        raise MalformedAdapterError(f"alpha is {alpha}")
+    return alpha
 
 
 def _of_parameter(delta: LoraDelta, config: Mapping[str, Any], path: str) -> Delta:

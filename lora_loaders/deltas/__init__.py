@@ -1,6 +1,6 @@
 """Algebras: what is the change of one weight? One file an algebra; `ALGEBRAS` says which slots announce it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -84,6 +84,36 @@ def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
     if delta.is_embedding:
         magnitude = magnitude.reshape(1, -1)  # PEFT sees an embedding's weight transposed: one of each feature
     return DoraDelta(inner=delta, magnitude=magnitude)
+
+
+def build_parts(slots: Mapping[str, Tensor], alpha: float | None) -> list[Delta]:
+    """Build the deltas of a fused module's parts, whose slots are numbered (`down.0`); one delta where none are.
+
+    Raises:
+        MalformedAdapterError: a part is missing, or see `build`.
+    """
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in slots.items():
+        slot, _, number = name.partition(".")
+        if number:
+            parts.setdefault(int(number), {})[slot] = tensor
+    if len(parts) < 2:
+        return [build({name.partition(".")[0]: tensor for name, tensor in slots.items()}, alpha)]
+    whole = sorted(name for name in slots if "." not in name)
+    if whole:
+        raise MalformedAdapterError(f"{', '.join(whole)} of the whole module beside parts of it")
+    if sorted(parts) != [*range(len(parts))]:
+        raise MalformedAdapterError(f"of a fused module's parts there are the numbers {sorted(parts)} alone")
+    return [build(part, alpha) for _, part in sorted(parts.items())]
+
+
+def joined(parts: Sequence[Delta]) -> Delta:
+    """The change of the fused module that these parts make up, one below the other.
+
+    Raises:
+        ConversionError: see `Delta.join`.
+    """
+    return parts[0] if len(parts) == 1 else type(parts[0]).join(parts)
 
 
 def _check_reshape(delta: Delta, shape: Tensor) -> None:

@@ -143,10 +143,29 @@ class OftDelta(InUnits):
             return self
         return replace(self, blocks=computing(self.blocks) * self._bound(), alpha=0.0)
 
+    def _in_blocks_of(self, size: int) -> Self:
+        """The same rotations with blocks beside one another in blocks of `size`; unchanged where they do not fill any.
+
+        Cayley's transform of a block diagonal is the block diagonal of theirs.
+        """
+        count, own = self.blocks.shape[0], self.blocks.shape[-1]
+        together, rest = divmod(size, own)
+        if rest or count % together:
+            return self
+        groups = self.blocks.view(-1, together, own, own)
+        return replace(self, blocks=torch.stack([torch.block_diag(*group) for group in groups]))
+
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "OftDelta":
-        """See `Delta.join`: rotations with blocks of one size and, for BOFT, as many stages."""
-        kinds = {(part.blocks.shape[:-3], part.blocks.shape[-1], part.is_rotation) for part in parts}
+        """See `Delta.join`: rotations of one kind, BOFT with blocks of one size and as many stages.
+
+        OFT's small blocks become diagonals of blocks of the largest size: Flux' q, k, v and mlp have as many blocks
+        each (kohya's `oft_flux`), and so blocks of two sizes.
+        """
+        free = [part._unconstrained() for part in parts]
+        size = max(part.unit for part in parts)
+        free = [part._in_blocks_of(size) if part.blocks.ndim == 3 and part.unit != size else part for part in free]
+        kinds = {(part.blocks.shape[:-3], part.blocks.shape[-1], part.is_rotation) for part in free}
         if len(kinds) > 1:
             raise ConversionError("OFT deltas with blocks of different sizes cannot be stacked into one fused module")
         sizes = [part.out_features for part in parts]
@@ -155,7 +174,6 @@ class OftDelta(InUnits):
         if given is not None:
             ones = [given.new_ones(size, *given.shape[1:]) for size in sizes]
             rescale = torch.cat([one if p.rescale is None else p.rescale for p, one in zip(parts, ones, strict=True)])
-        free = [part._unconstrained() for part in parts]
         blocks = torch.cat([part.blocks for part in free], -3)
         bias = join_biases(parts)
         return replace(free[0], blocks=blocks, rescale=rescale, bias=bias)

@@ -4,7 +4,25 @@ from .family import Family, Shape
 from .rules import Names
 from .text_encoders import LANGUAGE_MODEL, T5
 
+# The names of SAT, which the models were trained with (scripts/convert_cogvideox_to_diffusers.py in diffusers); other
+# readers of adapters have diffusers' names. Its adaLN_modulations interleave the rows of norm1 and norm2, and have no
+# row: SAT's LoRA changes attention alone.
+SAT = """
+time_embed.0 -> time_embedding.linear_1 (r) ; time_embed.2 -> time_embedding.linear_2 (r)
+ofs_embed.0 -> ofs_embedding.linear_1 (r) ; ofs_embed.2 -> ofs_embedding.linear_2 (r)
+mixins.patch_embed.proj -> patch_embed.proj (r) ; mixins.patch_embed.text_proj -> patch_embed.text_proj (r)
+mixins.final_layer.adaLN_modulation.1 -> norm_out.linear (r) ; mixins.final_layer.norm_final -> norm_out.norm (r)
+mixins.final_layer.linear -> proj_out (r) ; transformer.final_layernorm -> norm_final (r)
+mixins.adaln_layer.query_layernorm_list.{i} -> transformer_blocks.{i}.attn1.norm_q (r)
+mixins.adaln_layer.key_layernorm_list.{i} -> transformer_blocks.{i}.attn1.norm_k (r)
+[transformer.layers.{i} -> transformer_blocks.{i}]
+  input_layernorm -> norm1.norm (r) ; post_attention_layernorm -> norm2.norm (r)
+  attention.query_key_value -> attn1.to_q | attn1.to_k | attn1.to_v (r) ; attention.dense -> attn1.to_out.0 (r)
+  mlp.dense_h_to_4h -> ff.net.0.proj (r) ; mlp.dense_4h_to_h -> ff.net.2 (r)
+"""
+
 COGVIDEOX_TRANSFORMER = Names(
+    SAT,
     same="""
 patch_embed.proj ; patch_embed.text_proj ; time_embedding.linear_1 ; time_embedding.linear_2 ; norm_final
 norm_out.linear ; norm_out.norm ; proj_out ; ofs_embedding.linear_1 ; ofs_embedding.linear_2

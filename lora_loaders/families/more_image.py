@@ -153,13 +153,17 @@ LUMINA = Family(
     shapes=(Shape("transformer", "layers.{i}.attn1.to_q", (2304, 2304)),),
 )
 
+# diffusers' scripts/convert_omnigen_to_diffusers.py.
 OMNIGEN_TRANSFORMER = Names(
-    same="""
-patch_embedding.output_image_proj ; patch_embedding.input_image_proj ; time_token.linear_1 ; time_token.linear_2
-t_embedder.linear_1 ; t_embedder.linear_2 ; embed_tokens ; norm ; norm_out.linear ; proj_out
-[layers.{i}]
-  input_layernorm ; self_attn.to_q ; self_attn.to_k ; self_attn.to_v ; self_attn.to_out.0 ; post_attention_layernorm
-  mlp.gate_up_proj ; mlp.down_proj
+    """
+x_embedder.proj -> patch_embedding.output_image_proj ; input_x_embedder.proj -> patch_embedding.input_image_proj
+time_token.mlp.0 -> time_token.linear_1 ; time_token.mlp.2 -> time_token.linear_2
+t_embedder.mlp.0 -> t_embedder.linear_1 ; t_embedder.mlp.2 -> t_embedder.linear_2
+llm.embed_tokens -> embed_tokens ; llm.norm -> norm
+final_layer.adaLN_modulation.1 -> norm_out.linear ; final_layer.linear -> proj_out
+[llm.layers.{i} -> layers.{i}]
+  input_layernorm ; post_attention_layernorm ; mlp.gate_up_proj ; mlp.down_proj
+  self_attn.qkv_proj -> self_attn.to_q | self_attn.to_k | self_attn.to_v ; self_attn.o_proj -> self_attn.to_out.0
 """,
 )
 

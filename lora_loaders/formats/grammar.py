@@ -66,6 +66,8 @@ READ_ONLY: Mapping[str, str] = {
     ".lora_layer.up.weight": "up",
     ".lora_down": "down",
     ".lora_up": "up",
+    ".matrix_A": "down",
+    ".matrix_B": "up",
     ".lora.down": "down",
     ".lora.up": "up",
     ".down.weight": "down",
@@ -97,6 +99,10 @@ SLOTTED = re.compile(
 )
 SLOTTED_ALONE = ("alpha", "magnitude", "diff", "bias")
 """Slots whose suffix may be a module's name too: an adapter's own name is looked for behind it if nothing else fits."""
+# kohya's networks may train the parts of a fused layer apart (`split_qkv`), and number their tensors. A number that
+# stands alone is an adapter's own name or that of an only part, which come to the same. SAT, with which CogVideoX was
+# trained, numbers the parts of every layer.
+NUMBERED = re.compile(r"\.(lora_down|lora_up|oft_blocks|matrix_A|matrix_B)\.(\d+)(\.weight|)$")
 # Levels that wrappers put into a path, dotted or flattened: of torch.compile, FSDP, checkpointed activations, and PEFT.
 # A weight below PEFT's is the model's own.
 WRAPPERS = re.compile(
@@ -187,7 +193,7 @@ class RawModule:
     component: str
     name: str
     keys: dict[str, str]
-    """Slot -> key in the file."""
+    """Slot -> key in the file; `down.1` is that of the second part of a fused module."""
     adapter: str = ""
     """The adapter's own name inside the keys, as PEFT's training checkpoints have it."""
     repeated: dict[str, str] = field(default_factory=dict[str, str])
@@ -219,6 +225,11 @@ def split_key(key: str) -> Key | None:
     slot, dot = None, key.find(".")
     while dot >= 0 and (slot := SUFFIXES.get(key[dot:])) is None:
         dot = key.find(".", dot + 1)
+    numbered = NUMBERED.search(key)
+    if numbered is not None:
+        slot = SUFFIXES[f".{numbered[1]}"]
+        style = STYLE_OF.get(f".{numbered[1]}.weight")
+        return Key(*split_prefix(key[: numbered.start()]), f"{slot}.{int(numbered[2])}", style, "")
     slotted = SLOTTED.search(key)
     if slotted is not None and (slot is None or slotted.start() < dot):  # `.weight` alone ends `.lora_A.default.weight`
         slot = SUFFIXES.get(f".{slotted[1]}{slotted[3]}", SUFFIXES.get(f".{slotted[1]}", ""))

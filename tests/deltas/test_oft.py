@@ -54,7 +54,7 @@ def test_boft_halves_are_swapped_between_groups() -> None:
     torch.testing.assert_close(swapped, delta.delta_weight(base).roll(16, 0))
 
 
-def test_parts_trained_apart_join_where_their_blocks_are_of_one_size() -> None:
+def test_parts_trained_apart_join_where_blocks_of_one_size_hold_theirs() -> None:
     torch.manual_seed(1)
     base = randn(24, 5)
     one = build({"oft_blocks": randn(4, 4, 4)}, 0.01)
@@ -62,8 +62,11 @@ def test_parts_trained_apart_join_where_their_blocks_are_of_one_size() -> None:
     apart = torch.cat([one.delta_weight(base[:16]), other.delta_weight(base[16:])])
     torch.testing.assert_close(join([one, other]).delta_weight(base), apart)
     wider = build({"oft_blocks": randn(1, 8, 8)}, None)
-    with pytest.raises(ConversionError, match="different sizes"):
-        join([one, wider])
+    apart = torch.cat([one.delta_weight(base[:16]), wider.delta_weight(base[16:])])
+    torch.testing.assert_close(join([one, wider]).delta_weight(base), apart)
+    for misfit in (build({"oft_blocks": randn(1, 6, 6)}, None), build({"oft_blocks": randn(1, 32, 32)}, None)):
+        with pytest.raises(ConversionError, match="different sizes"):
+            join([one, misfit])
 
 
 def test_input_rotations_fit_by_the_number_of_inputs_alone() -> None:
