@@ -14,6 +14,7 @@ from .detection import (
     choose_family,
     is_last_by_rows,
     joined_spellings,
+    names_spoken,
     readings_of,
     told_depth,
     unwrapped,
@@ -31,7 +32,7 @@ from .errors import (
 from .families import FAMILIES, Family
 from .families.rules import Resolved
 from .files import Contents, read
-from .formats import RawModule, is_embedding
+from .formats import RawModule, is_embedding, told_by_names
 from .locating import HubOptions
 from .peft_parameters import read_with_parameters
 from .scaling import Scalings, alpha_of
@@ -138,6 +139,7 @@ def parse(
     if not _are_known(modules, known, layout):
         modules = unwrapped(modules, [known] if known else families)
         known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
+    spelling = told_by_names(spelling, names_spoken(modules, known))
     reading = _Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     malformed = 0

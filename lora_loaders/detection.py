@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -13,8 +14,8 @@ from .deltas import Delta
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
 from .families.family import Shape, means_encoder
-from .families.rules import HOLE, NUMBER, Names, Resolved, flatten
-from .formats import RawModule
+from .families.rules import HOLE, NUMBER, Dialect, Names, Resolved, flatten
+from .formats import PEFT, RawModule
 from .formats.grammar import split_prefix
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ LEVEL = re.compile(r"[^.]+\.|module_|base_model_model_")
 """What stands above a name: a level of a dotted one; in a flattened one, what data-parallel training and PEFT put."""
 OTHERS = re.compile("control|encoder|vae|refiner|prior|decoder|connector", re.IGNORECASE)
 """In a level above all names it is another network's, and no wrapper's."""
+NAMES_OF: Mapping[Dialect | None, str] = {None: "diffusers", "fused": "diffusers", "omi": "omi", "xlabs": "xlabs"}
+"""Whose names a row's are, where they are not the original's."""
 UNKNOWN_NAME = "no such name in this family"
 
 
@@ -285,6 +288,20 @@ def vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
     told = (readings[0] for readings in read if len(readings) == 1)
     ballots = {reading.is_diffusers for component, reading in told if not _is_common(component, reading, family)}
     return ballots.pop() if len(ballots) == 1 else None
+
+
+def names_spoken(modules: Sequence[RawModule], family: Family | None) -> str | None:
+    """Whose names the most of a denoiser's modules have, as `Format.names` says it; None if no name tells.
+
+    What PEFT wrapped is PEFT's whatever its modules are called.
+    """
+    if family is None:
+        return None
+    own = [m for m in modules if m.prefix != PEFT.denoiser and not means_encoder(m.component)]
+    read = (readings_of(module, family) for module in sample_of(own))
+    told = [r for ((component, r),) in (x for x in read if len(x) == 1) if not _is_common(component, r, family)]
+    counts = Counter(NAMES_OF.get(reading.rule.dialect, "original") for reading in told)
+    return max(counts, key=lambda names: counts[names], default=None)
 
 
 def _is_common(component: str, reading: Resolved, family: Family) -> bool:

@@ -92,7 +92,7 @@ def test_anima_routes_its_adapter_to_the_text_conditioner_and_back() -> None:
     assert written[0] == "llm_adapter.blocks.0.self_attn.q_proj"
 
 
-# LTX-2's own names, level by level: LTX_2_0_CONNECTORS_KEYS_RENAME_DICT in diffusers' scripts/convert_ltx2_to_diffusers.
+# LTX-2's own names, level by level: LTX_2_0_CONNECTORS_KEYS_RENAME_DICT of diffusers' convert_ltx2_to_diffusers.py.
 LTX2_LEVELS = {
     "video_connector": "video_embeddings_connector",
     "audio_connector": "audio_embeddings_connector",
