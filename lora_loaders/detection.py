@@ -62,10 +62,11 @@ def choose_family(
     ranking = rank_families(modules, tensors, families) if modules else []  # a file of learned tokens has none
     if not ranking or ranking[0][0].names <= MAJORITY:
         return None, ()
-    best = [family for score, family in ranking if score == ranking[0][0]]
-    if len(best) > 1:
-        logger.info("%s: names and shapes fit %s; read as %s", label, ", ".join(f.name for f in best), best[0].name)
-    return best[0], tuple(family.name for family in best[1:])
+    best = ranking[0][1]
+    ties = tied(ranking)
+    if ties:
+        logger.info("%s: names and shapes fit %s; read as %s", label, ", ".join((best.name, *ties)), best.name)
+    return best, ties
 
 
 def joined_spellings(modules: Iterable[RawModule]) -> list[RawModule]:
@@ -135,6 +136,22 @@ def rank_families(
     sample, encoders = sample_of(denoising or encoding), sample_of(encoding)
     ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
     return sorted(ranking, key=lambda pair: pair[0], reverse=True)
+
+
+def tied(ranking: Sequence[tuple[Score, Family]]) -> tuple[str, ...]:
+    """The families behind the best one that its names, widths and numbers of blocks do not rule out.
+
+    That a file changes all modules of a kind in one family and not in another settles which comes first, and no more:
+    some adapters are for self-attention alone. Nor does a number of blocks settle it against that. A family that
+    extends one of them has all its names.
+    """
+    best, first = ranking[0]
+    found = [first.name]
+    for score, family in ranking[1:]:
+        is_open = score.depths == best.depths or (score.depths >= 0 and score.complete > best.complete)
+        if is_open and score[:2] == best[:2] and score.encoders == best.encoders:
+            found += [family.name] if score == best or family.extends not in found else []
+    return tuple(found[1:])
 
 
 def sample_of(modules: Sequence[RawModule]) -> list[RawModule]:

@@ -93,6 +93,11 @@ def anima(*names: str) -> Tensors:
     return {k: t for path, name in parts for k, t in pair(path, 2048, 1024 if name in text else 2048).items()}
 
 
+def motif() -> Tensors:
+    names = [f"{module}.{name}" for module in ("attn", "cross_attn") for name in SINGLE]
+    return blocks("transformer_blocks", 12, names, 1536) | blocks("single_transformer_blocks", 24, names, 1536)
+
+
 FILES = {
     # ostris/Flex.1-alpha and Freepik/flux.1-lite: Flux.1 with 8 of its 19 double blocks; Bria FIBO has as many.
     "flux1, pruned": ("flux1", flux(8)),
@@ -104,6 +109,10 @@ FILES = {
         blocks("transformer_blocks", 28, [f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")], 4096),
     ),
     "bria": ("bria", flux(8, 28)),
+    "longcat-image, single blocks": ("longcat-image", attention("single_transformer_blocks", 20, SINGLE)),
+    "ovis-image, single blocks": ("ovis-image", attention("single_transformer_blocks", 27, SINGLE)),
+    # diffusers' documentation: 12 and 24 blocks; MotifTechnologies/ComfyUI-MotifVideo2B: 12 heads of 128.
+    "motif-video": ("motif-video", motif()),
     # LTX has as many blocks as wide: only the 1024 features of the text tell them apart.
     "anima, queries and values": ("anima", anima("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")),
     "anima, queries and keys": ("anima", anima("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k")),
@@ -114,6 +123,31 @@ FILES = {
 def test_a_family_is_told_by_names_then_widths_then_all_lists_of_blocks(label: str) -> None:
     family, keys = FILES[label]
     assert ll.read_adapter(keys).family == family
+
+
+SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+# Files of which neither names nor widths nor numbers of blocks say which of these families they are for: Cosmos 1 and
+# CogView 4 have 28 blocks of 4096, PixArt and DiT 28 of 1152; 12 blocks are half of SD3's and all of Motif-Video's.
+UNTOLD = {
+    "self-attention of 4096": (blocks("transformer_blocks", 28, SELF_ATTENTION, 4096), {"cogview4", "cosmos1"}),
+    "self-attention of 1152": (blocks("transformer_blocks", 28, SELF_ATTENTION, 1152), {"dit", "pixart"}),
+    "twelve joint blocks": (
+        blocks("transformer_blocks", 12, [f"attn.{n}" for n in DOUBLE], 1536),
+        {"sd3", "motif-video"},
+    ),
+}
+
+
+@pytest.mark.parametrize("label", UNTOLD)
+def test_a_family_that_is_only_likelier_is_said_to_be_tied(label: str) -> None:
+    keys, families = UNTOLD[label]
+    adapter = ll.read_adapter(keys)
+    assert families <= {adapter.family, *adapter.ties}
+
+
+def test_whole_files_of_flux_are_tied_with_its_twin_alone() -> None:
+    """HunyuanVideo has the same names and widths, and one block more of each kind."""
+    assert ll.read_adapter(flux()).ties == ("chroma",)
 
 
 OMNIGEN2 = ("layers.0.attn.to_q", "layers.0.feed_forward.linear_1", "ref_image_refiner.0.attn.to_q", "x.0.attn.to_q")

@@ -56,6 +56,7 @@ BRIA_FIBO = Family(
     shapes=(
         Shape("transformer", "context_embedder", (3072, 4096)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_q", (3072, 3072)),
     ),
 )
 
@@ -80,5 +81,6 @@ BRIA = Family(
     shapes=(
         Shape("transformer", "context_embedder", (3072, 4096)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_q", (3072, 3072)),
     ),
 )

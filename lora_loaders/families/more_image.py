@@ -41,6 +41,7 @@ LONGCAT_IMAGE = Family(
     shapes=(
         Shape("transformer", "context_embedder", (3072, 3584)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_q", (3072, 3072)),
     ),
 )
 
@@ -65,6 +66,7 @@ OVIS_IMAGE = Family(
     shapes=(
         Shape("transformer", "context_embedder", (3072, 2048)),
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_q", (3072, 3072)),
     ),
 )
 

@@ -41,7 +41,11 @@ LATTE = Family(
     components={"transformer": LATTE_TRANSFORMER, "text_encoder": T5},
     model_classes=("LatteTransformer3DModel",),
     depths={"transformer_blocks": (28,), "temporal_transformer_blocks": (28,)},
-    shapes=(Shape("transformer", "temporal_transformer_blocks.{i}.attn1.to_q", (1152, 1152)),),
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1152, 1152)),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (1152, 1152)),
+        Shape("transformer", "temporal_transformer_blocks.{i}.attn1.to_q", (1152, 1152)),
+    ),
 )
 
 EASYANIMATE_TRANSFORMER = Names(
@@ -66,13 +70,16 @@ EASYANIMATE = Family(
 MOTIF_VIDEO_TRANSFORMER = Names(
     same="""
 x_embedder.proj ; context_embedder.linear_1 ; context_embedder.linear_2 ; time_text_embed.timestep_embedder.linear_1
-time_text_embed.timestep_embedder.linear_2 ; norm_out.linear ; proj_out
+time_text_embed.timestep_embedder.linear_2 ; image_embedder.norm_in ; image_embedder.linear_1 ; image_embedder.linear_2
+image_embedder.norm_out ; norm_out.linear ; proj_out
 [transformer_blocks.{i}]
   norm1.linear ; norm1_context.linear ; attn.to_q ; attn.to_k ; attn.to_v ; attn.norm_q ; attn.norm_k
   attn.to_out.0 ; attn.norm_added_q ; attn.norm_added_k ; attn.add_q_proj ; attn.add_k_proj ; attn.add_v_proj
   attn.to_add_out ; ff.net.0.proj ; ff.net.2 ; ff_context.net.0.proj ; ff_context.net.2
 [single_transformer_blocks.{i}]
   attn.to_q ; attn.to_k ; attn.to_v ; attn.norm_q ; attn.norm_k ; norm.linear ; proj_mlp ; proj_out
+[transformer_blocks.{i}.cross_attn ; single_transformer_blocks.{i}.cross_attn]
+  to_q ; to_k ; to_v ; to_out.0 ; norm_q ; norm_k
 """,
 )
 
@@ -80,7 +87,11 @@ MOTIF_VIDEO = Family(
     name="motif-video",
     components={"transformer": MOTIF_VIDEO_TRANSFORMER, "text_encoder": LANGUAGE_MODEL},
     model_classes=("MotifVideoTransformer3DModel",),
-    shapes=(Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),),
+    depths={"transformer_blocks": (12,), "single_transformer_blocks": (24,)},
+    shapes=(
+        Shape("transformer", "transformer_blocks.{i}.attn.to_q", (1536, 1536)),
+        Shape("transformer", "single_transformer_blocks.{i}.attn.to_q", (1536, 1536)),
+    ),
 )
 
 COSMOS3_TRANSFORMER = Names(

@@ -59,6 +59,8 @@ SANA = Family(
         Shape("transformer", "transformer_blocks.{i}.attn1.to_out.0", (1152, 1152), blocks=28),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (2240, 2240)),
         Shape("transformer", "transformer_blocks.{i}.attn1.to_q", (1152, 1152), blocks=28),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (2240, 2240)),
+        Shape("transformer", "transformer_blocks.{i}.attn2.to_k", (1152, 1152), blocks=28),
         Shape("transformer", "caption_projection.linear_1", (None, 2304)),
         Shape("transformer", "proj_out", (32, None)),
         Shape("transformer", "time_embed.emb.timestep_embedder.linear_1", (None, 256)),

@@ -104,6 +104,17 @@ IF = {
     "encoder_hid_dim_type": "text_proj",
     "addition_embed_type": "text",
 }
+# docs/source/en/api/models/motif_video_transformer_3d.md in diffusers for the blocks (single ones are 16, and 8 of the
+# decoder), tests/transformer/expected_attn_keys.json in MotifTechnologies/ComfyUI-MotifVideo2B for the width.
+MOTIF = {
+    "num_attention_heads": 12,
+    "num_layers": 12,
+    "num_single_layers": 24,
+    "num_decoder_layers": 8,
+    "image_embed_dim": 1152,
+    "enable_text_cross_attention_dual": True,
+    "enable_text_cross_attention_single": True,
+}
 SD35_LARGE = {
     "num_layers": 38,
     "num_attention_heads": 38,
@@ -202,10 +213,16 @@ MORE: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ),
     ("cogview3", "cogview3", "transformer", "CogView3PlusTransformer2DModel", {}),
     ("kandinsky6", "kandinsky6", "transformer", "Kandinsky6Transformer3DModel", {}),
-    ("bria-fibo", "bria-fibo", "transformer", "BriaFiboTransformer2DModel", {}),
-    ("bria", "bria", "transformer", "BriaTransformer2DModel", {}),
+    ("bria-fibo", "bria-fibo", "transformer", "BriaFiboTransformer2DModel", {"num_layers": 8}),
+    ("bria", "bria", "transformer", "BriaTransformer2DModel", {"num_layers": 8, "num_single_layers": 28}),
     ("prx", "prx", "transformer", "PRXTransformer2DModel", {}),
-    ("longcat-image", "longcat-image", "transformer", "LongCatImageTransformer2DModel", {}),
+    (
+        "longcat-image",
+        "longcat-image",
+        "transformer",
+        "LongCatImageTransformer2DModel",
+        {"num_layers": 10, "num_single_layers": 20},
+    ),
     ("ovis-image", "ovis-image", "transformer", "OvisImageTransformer2DModel", {}),
     # 7 billion parameters, where the class's defaults make less than 3.
     (
@@ -229,7 +246,13 @@ MORE: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
         "EasyAnimateTransformer3DModel",
         {"in_channels": 33, "out_channels": 16, "patch_size": 2, "add_norm_text_encoder": True},
     ),
-    ("motif-video", "motif-video", "transformer", "MotifVideoTransformer3DModel", {}),
+    (
+        "motif-video",
+        "motif-video",
+        "transformer",
+        "MotifVideoTransformer3DModel",
+        MOTIF,
+    ),
     ("cosmos3", "cosmos3", "transformer", "Cosmos3OmniTransformer", {}),
     ("sana-wm", "sana-wm", "transformer", "SanaWMTransformer3DModel", {}),
     ("stable-audio", "stable-audio", "transformer", "StableAudioDiTModel", {}),
