@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .adapter import Adapter, Unresolved
-from .detection import choose_family, joined_spellings, readings_of, unwrapped, vote
+from .detection import choose_family, joined_spellings, names_spoken, readings_of, unwrapped, vote
 from .errors import (
     UNTOUCHED,
     CheckpointError,
@@ -18,7 +18,7 @@ from .errors import (
 )
 from .families import FAMILIES, Family
 from .files import Contents, read
-from .formats import RawModule, is_embedding
+from .formats import RawModule, is_embedding, told_by_names
 from .locating import HubOptions
 from .peft_parameters import read_with_parameters, registered
 from .placing import Layout, Reading, bind, own_path
@@ -82,6 +82,7 @@ def parse(
         known, ties = choose_family(modules, contents.tensors, family, families, contents.label)
     if family is None and known is not None and layout is not None and _speaks_its_own(modules, known, layout):
         known, ties = None, ()
+    spelling = told_by_names(spelling, names_spoken(modules, known))
     reading = Reading(contents, modules, known, layout, scalings, vote(modules, known))
     reading.ignored |= {key: reason for key, reason in left.items() if key not in embeddings}
     malformed = 0

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -13,8 +14,8 @@ from .deltas import Delta
 from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
 from .families.family import Shape, means_encoder
-from .families.rules import HOLE, NUMBER, Names, Resolved, flatten
-from .formats import RawModule
+from .families.rules import HOLE, NUMBER, Dialect, Names, Resolved, flatten
+from .formats import PEFT, RawModule
 from .formats.grammar import split_prefix
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,12 @@ SAMPLE = 96
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
 KOHYA_ENCODER = re.compile(r"lora_te(\d?)_")
+LEVEL = re.compile(r"[^.]+\.|module_|base_model_model_")
+"""What stands above a name: a level of a dotted one; in a flattened one, what data-parallel training and PEFT put."""
 OTHERS = re.compile("control|encoder|vae|refiner|prior|decoder|connector", re.IGNORECASE)
 """In a level above all names it is another network's, and no wrapper's."""
+NAMES_OF: Mapping[Dialect | None, str] = {None: "diffusers", "fused": "diffusers", "omi": "omi", "xlabs": "xlabs"}
+"""Whose names a row's are, where they are not the original's."""
 UNKNOWN_NAME = "no such name in this family"
 
 
@@ -85,8 +90,8 @@ def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Seque
     """
     inner = modules
     while inner:
-        levels = {module.name.partition(".")[0] for module in inner if "." in module.name}
-        if len(levels) != 1 or not all("." in module.name for module in inner) or OTHERS.search(min(levels)):
+        levels = {level[0] if (level := LEVEL.match(module.name)) else "" for module in inner}
+        if len(levels) != 1 or "" in levels or OTHERS.search(min(levels)):
             break
         inner = [_inside(module) for module in inner]
         sample = sample_of(inner)
@@ -97,7 +102,7 @@ def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Seque
 
 def _inside(module: RawModule) -> RawModule:
     """A module under its name without the first level, and without the prefixes that stand behind that."""
-    _, component, name = split_prefix(module.name.partition(".")[2])
+    _, component, name = split_prefix(LEVEL.sub("", module.name, count=1))
     return replace(module, name=name, component=module.component or component)
 
 
@@ -269,17 +274,17 @@ def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]
     for component in family.named_component(module.component):
         readings = family.components[component].resolve(module.name)
         if readings:
-            return [_routed(reading, component, family) for reading in readings]
+            return [routed for reading in readings for routed in _routed(reading, component, family)]
     return []
 
 
-def _routed(reading: Resolved, component: str, family: Family) -> tuple[str, Resolved]:
-    """A reading with its component; one that the denoiser's table sends elsewhere is read in that table too."""
+def _routed(reading: Resolved, component: str, family: Family) -> list[tuple[str, Resolved]]:
+    """A reading with its component; one that the denoiser's table sends elsewhere is read by that table alone."""
     target = reading.rule.component
     if target is None:
-        return component, reading
+        return [(component, reading)]
     inner = family.components[target].resolve(reading.paths[0])
-    return target, replace(reading, paths=inner[0].paths) if inner else reading
+    return [(target, replace(r, rule=replace(r.rule, dialect=reading.rule.dialect))) for r in inner]
 
 
 def _by_index(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:
@@ -300,6 +305,20 @@ def vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
     told = (readings[0] for readings in read if len(readings) == 1)
     ballots = {reading.is_diffusers for component, reading in told if not _is_common(component, reading, family)}
     return ballots.pop() if len(ballots) == 1 else None
+
+
+def names_spoken(modules: Sequence[RawModule], family: Family | None) -> str | None:
+    """Whose names the most of a denoiser's modules have, as `Format.names` says it; None if no name tells.
+
+    What PEFT wrapped is PEFT's whatever its modules are called.
+    """
+    if family is None:
+        return None
+    own = [m for m in modules if m.prefix != PEFT.denoiser and not means_encoder(m.component)]
+    read = (readings_of(module, family) for module in sample_of(own))
+    told = [r for ((component, r),) in (x for x in read if len(x) == 1) if not _is_common(component, r, family)]
+    counts = Counter(NAMES_OF.get(reading.rule.dialect, "original") for reading in told)
+    return max(counts, key=lambda names: counts[names], default=None)
 
 
 def _is_common(component: str, reading: Resolved, family: Family) -> bool:

@@ -1,11 +1,12 @@
 """Formats: how does a trainer write an adapter into keys? One instance of `Format` each."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_loaders.errors import UnknownFormatError
 
-from .diffusers import DIFFUSERS, DIFFUSERS_OLD, PEFT
+from .diffusers import DIFFUSERS, DIFFUSERS_OLD
+from .diffusers import PEFT as PEFT
 from .format import Format as Format
 from .grammar import NO_SUFFIX as NO_SUFFIX
 from .grammar import Key, read_keys
@@ -21,6 +22,15 @@ FORMATS: tuple[Format, ...] = (
     *(PEFT, DIFFUSERS, DIFFUSERS_OLD, KOHYA, KOHYA_ORIGINAL, KOHYA_DIFFUSERS, ORIGINAL, BFL, XLABS),
     *(ONETRAINER, LYCORIS, OMI, INDEXED),
 )
+
+# Formats of the same prefixes and suffixes, told apart by whose names they write: what the keys alone are taken for ->
+# what the file may be instead.
+ALIKE: Mapping[str, tuple[Format, ...]] = {
+    PEFT.name: (BFL,),
+    DIFFUSERS.name: (OMI,),
+    DIFFUSERS_OLD.name: (XLABS,),
+    OMI.name: (DIFFUSERS_OLD,),
+}
 
 KOHYAS = (KOHYA.name, KOHYA_ORIGINAL.name, KOHYA_DIFFUSERS.name)
 """Those that kohya's trainers and their readers know by the same prefix, suffixes and header."""
@@ -64,13 +74,14 @@ def detect(keys: Iterable[Key]) -> str:
     return specific[0] if specific else max(votes, key=lambda name: votes[name])
 
 
+def told_by_names(spelling: str, names: str | None) -> str:
+    """The format, where names tell it from one of the same prefixes and suffixes; None: they are the same in both."""
+    return next((form.name for form in ALIKE.get(spelling, ()) if form.names == names), spelling)
+
+
 def _format_of(key: Key) -> str:
     if key.prefix == "":
-        if key.name.startswith(("double_blocks.", "single_blocks.")):
-            return XLABS.name if key.name.rstrip("12").endswith("_lora") else BFL.name
-        if key.name.endswith("_lora"):
-            return DIFFUSERS_OLD.name
-        return PEFT.name if key.style == "peft" else ORIGINAL.name
+        return {"peft": PEFT.name, "diffusers-old": DIFFUSERS_OLD.name}.get(key.style or "", ORIGINAL.name)
     if key.prefix in DIFFUSERS.prefixes:
-        return DIFFUSERS.name if key.style in ("peft", None) else DIFFUSERS_OLD.name
+        return {"kohya": OMI.name, "diffusers-old": DIFFUSERS_OLD.name}.get(key.style or "", DIFFUSERS.name)
     return next((form.name for form in FORMATS if key.prefix in form.prefixes), ORIGINAL.name)

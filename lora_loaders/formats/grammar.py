@@ -103,10 +103,11 @@ SLOTTED_ALONE = ("alpha", "magnitude", "diff", "bias")
 # stands alone is an adapter's own name or that of an only part, which come to the same. SAT, with which CogVideoX was
 # trained, numbers the parts of every layer.
 NUMBERED = re.compile(r"\.(lora_down|lora_up|oft_blocks|matrix_A|matrix_B)\.(\d+)(\.weight|)$")
-# Levels that wrappers put into a path: of torch.compile, FSDP, checkpointed activations, and PEFT. A weight below
-# PEFT's is the model's own.
+# Levels that wrappers put into a path, dotted or flattened: of torch.compile, FSDP, checkpointed activations, and PEFT.
+# A weight below PEFT's is the model's own.
 WRAPPERS = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer(?!\.weight$))\."
+    r"(?<![^._])_?(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]"
+    r"|(?<![^.])base_layer(?!\.weight$)\."
 )
 # XLabs' factors are `….qkv_lora1.down`; a module may be called `down` or `up` itself (Krea2's `mlp.up`).
 NAMED_FACTOR = re.compile(r"_lora[12]?\.(?:down|up)\.weight$")

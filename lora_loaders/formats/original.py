@@ -30,7 +30,7 @@ OMI = Format(
     names="omi",
     denoiser="{component}.",
     text_encoder="{encoder}.",
-    prefixes=(),
+    prefixes=("clip_l.", "clip_g.", "t5.", "llama."),
     encoders={"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "llama": "llama"},
 )
 XLABS = Format(
