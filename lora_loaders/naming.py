@@ -37,19 +37,17 @@ class Writing:
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     changes: list[Delta] = field(default_factory=list[Delta])
     """Every delta as it is written."""
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    """PEFT's configuration of what is written."""
     problems: list[str] = field(default_factory=list[str])
-    mends: list[str] = field(default_factory=list[str])
+    mends: dict[str, str] = field(default_factory=dict[str, str])
+    """Problem -> the way out that its error knows."""
 
     def refuse(self, error: ConversionError, where: str = "") -> None:
         """Note what cannot be said, and the way out that the error knows."""
         self.problems.append(f"{where}: {error.what}" if where else error.what)
         if error.mend:
-            self.advise(error.mend)
-
-    def advise(self, mend: str) -> None:
-        """Note a way out, once."""
-        if mend not in self.mends:
-            self.mends.append(mend)
+            self.mends[self.problems[-1]] = error.mend
 
 
 def prefix_of(form: Format, component: str, family: Family | None) -> str | None:

@@ -13,13 +13,11 @@ from torch import Tensor
 from .adapter import Adapter
 from .atomic import atomic
 from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
-from .deltas.rows import rows_in
 from .detection import family_named
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family
 from .files import write_safetensors
 from .formats import FORMATS, KOHYAS, Format, format_named
-from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .kohya_names import NAMES_KEY, kohya_names
@@ -28,8 +26,6 @@ from .naming import Writing, prefix_of, renamed
 from .peft_parameters import parameters_of, wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
-
-MEND = "Choose another format, or write in float32 where rounding is the reason."
 
 
 def to_tensors(
@@ -47,12 +43,29 @@ def to_tensors(
     form = format_named(format)
     adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
-    trainer_names = kohya_names(adapter, family) if family else "diffusers"
-    writing = Writing(form, family, trainer_names)
+    writing = _gathered(adapter, form, family)
+    if writing.problems:
+        raise ConversionError(
+            f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
+            f"{len(writing.problems)} place{'s' * (len(writing.problems) > 1)}",
+            problems=writing.problems,
+            mend=_ways_out(adapter, writing),
+            state="Nothing was written.",
+        )
+    tuner = writing.config if writing.tuned else {}
+    metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    if family is not None and form.name not in KOHYAS and writing.trainer_names != family.trainer_names:
+        metadata[NAMES_KEY] = writing.trainer_names
+    return writing.tensors, metadata, writing.config
+
+
+def _gathered(adapter: Adapter, form: Format, family: Family | None) -> Writing:
+    """All that is written of an adapter, and what of it the format cannot say."""
+    writing = Writing(form, family, kohya_names(adapter, family) if family else "diffusers")
     components = [component for component, deltas in adapter.deltas.items() if deltas]
     if form.name == "peft" and len(components) > 1:
-        writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
-        writing.advise("Write one file for each component.")
+        several = f"one model a file, this adapter changes {', '.join(components)}"
+        writing.refuse(ConversionError(several, mend="Write one file for each component."))
     writing.parameters |= parameters_of(adapter)
     for component in components:
         prefix = prefix_of(form, component, family)
@@ -63,24 +76,38 @@ def to_tensors(
             _write_delta(name, delta, component, prefix, writing)
     for token, vector in adapter.embeddings.items():
         writing.tensors[token] = vector
-    config: dict[str, Any] = {}
     try:
-        config = peft_config(writing.alphas, writing.doras, writing.tuned)
+        writing.config = peft_config(writing.alphas, writing.doras, writing.tuned)
     except ConversionError as error:
         writing.refuse(error)
-    if writing.problems:
-        raise ConversionError(
-            f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
-            f"{len(writing.problems)} place{'s' * (len(writing.problems) > 1)}",
-            problems=writing.problems,
-            mend=" ".join(writing.mends) or MEND,
-            state="Nothing was written.",
-        )
-    tuner = config if writing.tuned else {}
-    metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
-    if family is not None and form.name not in KOHYAS and trainer_names != family.trainer_names:
-        metadata[NAMES_KEY] = trainer_names
-    return writing.tensors, metadata, config
+    return writing
+
+
+def _ways_out(adapter: Adapter, writing: Writing) -> str:
+    """What the errors know, and for the other problems what is found by trying: formats, and LoRAs in this one."""
+    mends = list(dict.fromkeys(writing.mends.values()))
+    if len(writing.mends) == len(writing.problems):
+        return " ".join(mends)
+    able = [f.name for f in FORMATS if f is not writing.form and not _gathered(adapter, f, writing.family).problems]
+    ways = [f"write a format that can say it ({', '.join(able)})"] if able else []
+    if not _gathered(adapter.map(_as_lora), writing.form, writing.family).problems:
+        needs_base = any(delta.needs_base and _as_lora(delta) is not delta for _, _, delta in adapter.modules())
+        ways.append("make a LoRA of it first: --as lora --rank N" + " (and --model, its base weights)" * needs_base)
+    ways = ways or ["leave out what is named here: no other format can say it either"]
+    found = ", or ".join(ways)
+    return " ".join([*mends, f"{found[0].upper()}{found[1:]}."])
+
+
+def _as_lora(delta: Delta) -> Delta:
+    """A LoRA in the place of a change of a matrix, to ask whether a format can say that."""
+    shape = delta.shape or ()
+    is_lora = isinstance(delta, LoraDelta) and delta.mid is None
+    if len(shape) < 2 or is_lora or isinstance(delta, ExpertsDelta):
+        return delta
+    rows, columns, *kernel = (max(1, size) for size in shape)
+    down, up = torch.zeros(1, columns, *kernel), torch.zeros(rows, 1, *[1] * len(kernel))
+    bias = delta.delta_bias(torch.zeros(rows))  # gains of the outputs change that of their module
+    return LoraDelta(down=down, up=up, bias=bias, of_parameter=delta.of_parameter)
 
 
 def write_adapter(
@@ -160,8 +187,6 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
             refuse_unreadable(delta)
         written = wrapped(name, writing.parameters) if form.name == "peft" else name
     except ConversionError as error:
-        if rows_in(delta) is not None and (fusing := _fusing(name, component, writing)):
-            writing.advise(f"Write a format with fused names ({', '.join(fusing)}), or:")
         writing.refuse(error, where)
         return
     unknown = {kind for kind in (delta.kind, inner.kind) if kind not in form.algebras}
@@ -194,19 +219,6 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
         writing.tensors[f"{start}.alpha"] = alpha_tensor(inner, alpha)
-
-
-def _fusing(path: str, component: str, writing: Writing) -> list[str]:
-    """The other formats that say every algebra and, in this family, call this module by a fused one's name."""
-    family = writing.family
-    if family is None:
-        return []
-
-    def fuses(form: Format) -> bool:
-        names = writing.trainer_names if form.names == "trainer" else form.names
-        return names != "diffusers" and len(family.components[component].writing(names).source(path)[1].paths) > 1
-
-    return [f.name for f in FORMATS if f is not writing.form and f.algebras == ALL_ALGEBRAS and fuses(f)]
 
 
 def _is_widened(name: str, delta: Delta, component: str, family: Family | None) -> bool:
