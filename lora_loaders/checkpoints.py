@@ -23,6 +23,7 @@ from .families import FAMILIES, Family
 from .files import Contents, open_safetensors
 from .formats import read_modules
 from .layers.base_weight import read_weight
+from .layers.kinds import EMBEDDING, kind_of
 from .layers.parameter import base_value
 from .layout import named_bases
 from .loading import family_of
@@ -45,6 +46,12 @@ TURNED = ("conditioner.embedders.1.model.text_projection", "cond_stage_model.mod
 FUSED_PARAMETER = re.compile(r"(?<=\battn\.)in_proj_(weight|bias)$")
 """torch's attention has one parameter for its three projections, and no module."""
 WEIGHT_ENDINGS = (".weight", ".scale")
+EMBEDDINGS = re.compile(
+    r"^embed$|(?:^|\.)(?:(?:token|position|prior_token)_embedding|(?:word|position|token_type)_embeddings|embedding_table"
+    r"|embed_tokens|shared|relative_attention_bias|cond_type_embed|embed_image_indicator|style_embedder"
+    r"|addition_t_embedding|embed\.embeddings|visual\.pos_embed)$"
+)
+"""Names of the embeddings in text encoders and denoisers: a file's tensors do not tell them from linear layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +62,13 @@ class Checkpoint:
         weights: each weight as the `diff`, each bias as the `bias` of a `FullDelta`.
         label: for messages.
         files: what was read, for the record.
+        embeddings: the embeddings among the modules, as (component, path).
     """
 
     weights: Adapter
     label: str
     files: tuple[Path, ...] = ()
+    embeddings: frozenset[tuple[str, str]] = frozenset()
 
     def parts(self, component: str, path: str) -> FullDelta | None:
         """Weight and bias of a module, None where there is none."""
@@ -108,6 +117,7 @@ def _of_modules(models: Mapping[str, nn.Module], family: str | None, families: S
     told = (found for model in models.values() if (found := family_of(model, families)) is not None)
     known = family_named(family, families) if family else next(told, None)
     deltas: dict[str, dict[str, Delta]] = {}
+    embeddings: set[tuple[str, str]] = set()
     unreadable: list[str] = []
     for component, model in models.items():
         own = deltas.setdefault(component, {})
@@ -117,7 +127,10 @@ def _of_modules(models: Mapping[str, nn.Module], family: str | None, families: S
             except UnsupportedBaseError as error:
                 unreadable.append(f"{component}.{path}: {error.what}")
                 continue
-            own |= {_file_path(part, component, known): delta for part, delta in parts.items()}
+            named = {_file_path(part, component, known): delta for part, delta in parts.items()}
+            own |= named
+            if kind_of(base) is EMBEDDING:
+                embeddings |= {(component, name) for name in named}
     label = ", ".join(type(model).__name__ for model in models.values())
     if unreadable:
         raise UnsupportedBaseError(
@@ -127,7 +140,8 @@ def _of_modules(models: Mapping[str, nn.Module], family: str | None, families: S
             state=UNTOUCHED,
         )
     deltas = {component: own for component, own in deltas.items() if own}
-    return Checkpoint(Adapter(deltas, family=known.name if known else None, source=label), label)
+    adapter = Adapter(deltas, family=known.name if known else None, source=label)
+    return Checkpoint(adapter, label, embeddings=frozenset(embeddings))
 
 
 def _parts_of(path: str, base: nn.Module) -> dict[str, FullDelta]:
@@ -157,7 +171,7 @@ def _of_folder(folder: Path, family: str | None, component: str | None, families
         deltas[name] = {_file_path(path, name, known): delta for path, delta in parts.items()}
         files += own_files
     adapter = Adapter(deltas, family=known.name if known else None, source=str(folder))
-    return Checkpoint(adapter, str(folder), tuple(files))
+    return Checkpoint(adapter, str(folder), tuple(files), _named_embeddings(adapter))
 
 
 def _modules_of(tensors: Mapping[str, Tensor]) -> dict[str, FullDelta]:
@@ -202,7 +216,12 @@ def _of_files(files: list[Path], path: Path, family: str | None, families: Seque
             state=UNTOUCHED,
         )
     contents = Contents(_as_differences(tensors), label=str(path))
-    return Checkpoint(parse(contents, family, families=families), str(path), tuple(files))
+    adapter = parse(contents, family, families=families)
+    return Checkpoint(adapter, str(path), tuple(files), _named_embeddings(adapter))
+
+
+def _named_embeddings(adapter: Adapter) -> frozenset[tuple[str, str]]:
+    return frozenset((component, path) for component, path, _ in adapter.modules() if EMBEDDINGS.search(path))
 
 
 def _as_differences(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,11 +11,16 @@ from .formats import Format
 from .peft_types import plain
 from .scaling import plain_alpha
 
+OF_PEFT = ("peft", "diffusers")
+"""Formats that PEFT reads, which keeps an embedding's factors transposed; others know one pair for every layer."""
+
 
 def spelled(delta: Delta, form: Format) -> Delta:
     """The same change with its alpha where the format has it: plain where a tensor holds it, or folded in."""
     if not isinstance(delta, LoraDelta):
         return delta if form.name == "peft" else plain(delta)
+    if form.name not in OF_PEFT:
+        delta = replace(delta, embedding=False)
     if form.alpha == "metadata":
         return delta
     if form.alpha == "folded":

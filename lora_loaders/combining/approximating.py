@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_loaders.adapter import Adapter
-from lora_loaders.deltas import Delta, ExpertsDelta, FullDelta, LokrDelta, LoraDelta
+from lora_loaders.deltas import Delta, ExpertsDelta, FullDelta, InputOftDelta, LokrDelta, LoraDelta
 from lora_loaders.deltas.base import computing
 from lora_loaders.errors import ConversionError
 
@@ -296,4 +296,5 @@ def lora_of(
         return replace(own.map_tensors(lambda tensor: tensor.to(dtype)), **tensors, mid=None, alpha=alpha)
     bias = like.delta_bias(base_bias)
     tensors["bias"] = None if bias is None else bias.to(dtype)
-    return LoraDelta(**tensors, alpha=float(rank), of_parameter=like.of_parameter)
+    is_embedding = like.embedding if isinstance(like, InputOftDelta) else like.is_embedding
+    return LoraDelta(**tensors, alpha=float(rank), of_parameter=like.of_parameter, embedding=is_embedding)

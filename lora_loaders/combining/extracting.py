@@ -19,7 +19,7 @@ from lora_loaders.families import FAMILIES, Family
 
 from .approximating import Approximation, Fit, Fitted, as_full, as_lokr, as_lora, with_record
 from .goals import UNREAD, Goal
-from .resizing import Tick, computed_again, read_at, sound
+from .resizing import Tick, computed_again, for_embedding, read_at, sound
 
 Algebra = Literal["lora", "lokr", "full"]
 SMALL = "a vector (a bias or a norm): pass vectors=… to keep it"
@@ -113,12 +113,13 @@ def extract(
         change = _difference(delta, other, place, vectors, found, device)
         if change is not None:
             try:
-                made, found.fits[place] = say(change)
+                is_embedding = any((part, path) in side.embeddings for side in (new, old))
+                made, found.fits[place] = for_embedding(say(change), is_embedding)
                 again = partial(diff, part, path) if is_lasting else None
                 found.deltas.setdefault(part, {})[path] = computed_again(made, again)
-            except ConversionError as error:
-                found.problems.append(f"{place}: {error.what}")
-                found.mends[error.mend] = None
+            except ConversionError as problem:
+                found.problems.append(f"{place}: {problem.what}")
+                found.mends[problem.mend] = None
         if on_module is not None:
             on_module(place)
     for part, path, _ in old.weights.modules():

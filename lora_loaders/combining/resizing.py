@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_loaders.adapter import Adapter
 from lora_loaders.checkpoints import Checkpoint, Weights, open_checkpoint
 from lora_loaders.conversion import Source, read_adapter
-from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta, SetDelta
+from lora_loaders.deltas import Delta, FullDelta, LohaDelta, LokrDelta, LoraDelta, SetDelta
 from lora_loaders.errors import ConversionError
 from lora_loaders.families import FAMILIES, Family
 from lora_loaders.lazy import FileTensor, form_of
@@ -225,6 +225,13 @@ def _changed(
     return Approximation(made_adapter, fits)
 
 
+def for_embedding(made: Fitted, is_embedding: bool) -> Fitted:
+    """The same change, known to be an embedding's if it is: PEFT calls the factors of one by other names."""
+    if not is_embedding or not isinstance(made.delta, LoraDelta):
+        return made
+    return made._replace(delta=replace(made.delta, embedding=True))
+
+
 def _diff_of(compute: Callable[[], Fitted]) -> Tensor:
     return compute().delta.tensors()["diff"]
 
@@ -246,7 +253,7 @@ def _made(
     base = base_for(own, base_at(checkpoint, component, path, device))
     made = change(own if checkpoint is None else on_weights(own, weight), base)
     sound(made.delta)
-    return made
+    return made if checkpoint is None else for_embedding(made, (component, path) in checkpoint.embeddings)
 
 
 def refuse_flat(delta: Delta, path: str) -> None:

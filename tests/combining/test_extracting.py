@@ -6,12 +6,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_models import clip
 from torch import Tensor, nn
 
 import lora_loaders as ll
@@ -386,6 +387,37 @@ def test_settings_that_mean_nothing_to_the_algebra_are_refused_before_anything_i
     with pytest.raises(ll.ConversionError, match=named) as refused:
         ll.extract(tmp_path / "none", tmp_path / "none", **settings)
     assert refused.value.state == "Nothing was read or written."
+
+
+@pytest.mark.parametrize("form", ["live", "folder", "file"])
+def test_an_embedding_is_written_as_peft_reads_one(form: str, tmp_path: Path) -> None:
+    name, up, down = "embeddings.token_embedding", torch.randn(100, 2), torch.randn(2, 32)
+    models = {side: clip() for side in ("tuned", "base")}
+    models["tuned"].load_state_dict(models["base"].state_dict())
+    models["tuned"].get_submodule(name).get_parameter("weight").data.add_(up @ down)
+    given: dict[str, Any] = models
+    if form == "folder":
+        for side, model in models.items():
+            cast(Any, model).save_pretrained(tmp_path / side / "text_encoder")
+        given = {side: tmp_path / side / "text_encoder" for side in models}
+    if form == "file":
+        given = {side: tmp_path / f"{side}.safetensors" for side in models}
+        for side, model in models.items():
+            named = {f"cond_stage_model.transformer.{n}": t.contiguous() for n, t in model.state_dict().items()}
+            save_file(named, given[side])
+    settings = {"component": "text_encoder", "family": "sd15"}
+    done = ll.extract(given["tuned"], given["base"], rank=2, dtype=torch.float32, **settings)
+    path = ll.write_adapter(done.adapter, tmp_path / "out", "peft")
+    prefix = f"base_model.model.text_model.{name}.lora_embedding_"
+    written = load_file(path)
+    assert written.keys() == {f"{prefix}A", f"{prefix}B"}
+    made = (written[f"{prefix}B"] @ written[f"{prefix}A"]).T
+    torch.testing.assert_close(made, up @ down, rtol=1e-4, atol=1e-4)
+    for other in ("kohya", "original"):  # of which no reader knows a word for them
+        again = ll.read_adapter(ll.write_adapter(done.adapter, tmp_path / f"{other}.safetensors", other))
+        assert not any("embedding_A" in key for key in load_file(tmp_path / f"{other}.safetensors"))
+        change = again.deltas["text_encoder"][f"text_model.{name}"].delta_weight()
+        torch.testing.assert_close(change, up @ down, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["tuned", "base"])

@@ -1,5 +1,6 @@
 """Resizing against torch.linalg.svd in float64: the optimum is reached, and the stated error is the true one."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from deltas.delta_cases import CASES, randn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_loaders as ll
@@ -106,6 +107,32 @@ def test_a_lora_that_is_only_rounded_tells_the_error_of_it(goal: Goal) -> None:
     assert isinstance(made, LoraDelta)
     assert fit.error == pytest.approx(error_of(slots["up"] @ slots["down"], rounded), rel=1e-4)
     assert fit.error > 1e-4
+
+
+EMBEDDED = {
+    "dora": lambda: build(
+        {"embedding_down": randn(4, 20), "embedding_up": randn(8, 4), "magnitude": randn(8).abs()}, 2.0
+    ),
+    "oft": lambda: build({"oft_embedding_R": randn(2, 6) / 4}, None),
+    "loha": lambda: build(
+        {f"hada_w{n}_{s}": randn(*((20, 2) if s == "a" else (2, 8))) for n in (1, 2) for s in "ab"}, 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_an_embedding_stays_one_and_peft_reads_the_file(kind: str, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"tokens": nn.Embedding(20, 8)})
+    weight = model["tokens"].get_parameter("weight").detach()
+    delta = EMBEDDED[kind]().map_tensors(lambda tensor: tensor.float())
+    change = delta.delta_weight(weight).double()
+    done = ll.resize(ll.Adapter({"transformer": {"tokens": delta}}), rank=8, model=model)
+    ll.write_adapter(done.adapter, tmp_path, "peft")
+    names = {f"base_model.model.tokens.lora_embedding_{side}" for side in "AB"}
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == names
+    peft = pytest.importorskip("peft", reason="reads the file with peft")
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).base_model.model["tokens"]
+    assert error_of(change, (read(torch.arange(20)) - weight).detach()) < 1e-4
 
 
 class Experts(nn.Module):
@@ -368,7 +395,7 @@ def test_modules_that_need_weights_are_all_named_and_work_with_them() -> None:
 def test_a_change_in_full_waits_until_it_is_written_unless_a_live_model_may_change(has_live_model: bool) -> None:
     model, norms = nn.ModuleDict({"a": nn.Linear(6, 8)}).double(), randn(8, 1).abs()
     lora = LoraDelta(up=randn(8, 3), down=randn(3, 6))
-    weight = model["a"].weight.data
+    weight = model["a"].get_parameter("weight").data
     whole = weight + lora.up @ lora.down
     change = norms / whole.norm(dim=1, keepdim=True) * whole - weight if has_live_model else lora.up @ lora.down
     adapter = ll.Adapter({"transformer": {"a": DoraDelta(inner=lora, magnitude=norms) if has_live_model else lora}})

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_loaders.checkpoints import EMBEDDINGS
 from lora_loaders.families import Names
 from lora_loaders.families.rules import flatten
 from lora_loaders.families.text_encoders import (
@@ -82,6 +83,18 @@ def test_every_module_of_an_encoder_is_known(model: str, config: str, options: d
                 readings = names.resolve(spelling)
                 assert len(readings) == 1, spelling
                 assert _without(readings[0].paths[0], names) == _without(known, names)
+
+
+@pytest.mark.parametrize(("model", "config", "options", "names"), CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_embeddings_are_known_by_their_names(model: str, config: str, options: dict[str, Any], names: Names) -> None:
+    build: Callable[..., torch.nn.Module] | None = getattr(transformers, model, None)
+    if build is None:
+        pytest.skip(f"this transformers has no {model}")
+    with torch.device("meta"):
+        encoder = build(getattr(transformers, config)(**options))
+    layers = dict(encoder.named_modules())
+    found = {path for path in layers if EMBEDDINGS.search(path)}
+    assert found == {path for path, module in layers.items() if isinstance(module, torch.nn.Embedding)}
 
 
 def _without(path: str, names: Names) -> str:
