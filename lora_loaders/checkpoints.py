@@ -49,7 +49,7 @@ WEIGHT_ENDINGS = (".weight", ".scale")
 EMBEDDINGS = re.compile(
     r"^embed$|(?:^|\.)(?:(?:token|position|prior_token)_embedding|(?:word|position|token_type)_embeddings|embedding_table"
     r"|embed_tokens|shared|relative_attention_bias|cond_type_embed|embed_image_indicator|style_embedder"
-    r"|embed\.embeddings|visual\.pos_embed)$"
+    r"|addition_t_embedding|embed\.embeddings|visual\.pos_embed)$"
 )
 """Names of the embeddings in text encoders and denoisers: a file's tensors do not tell them from linear layers."""
 
