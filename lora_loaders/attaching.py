@@ -24,7 +24,7 @@ from .layers.shared import Shared
 from .layers.slots import refresh
 from .layout import adapter_layers, base_of, parent_of, shared_of
 from .plans import AttachPlan, Binding
-from .widening import narrow, widen
+from .widening import narrow, register_inputs, unwidened, widen
 
 RESERVED_RANK = "_lora_reserved_rank"
 """Where a model notes the rank that hot-swapping is to have room for, before its first adapter comes."""
@@ -227,16 +227,27 @@ def detach_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
 @contextmanager
 def without_layers(model: nn.Module) -> Generator[None]:
-    """The model as if no adapter layer were there, for as long as the block lasts (saving plain keys)."""
+    """The model as if no adapter layer were there, for as long as the block lasts (saving plain keys).
+
+    What a Control file widened is narrow in it, unless that file is fused.
+    """
     taken: list[tuple[nn.Module, str, AdapterLayer]] = []
+    narrowed: list[tuple[int, int]] = []
     with changing([model], reads_bases=True):
         try:
             for path, layer in adapter_layers(model):
                 parent, child = parent_of(model, path)
                 uninstall(parent, child, layer)
                 taken.append((parent, child, layer))
+                plain = unwidened(layer)
+                if plain is not None:
+                    setattr(parent, child, plain)
+                    narrowed.append((plain.in_features, layer.weight.shape[1]))
+                    register_inputs(model, *reversed(narrowed[-1]))
             yield
         finally:
             for parent, child, layer in taken:
                 install(parent, child, layer)
+            for widths in narrowed:
+                register_inputs(model, *widths)
             refresh(layer for _, _, layer in taken if isinstance(layer, ParameterLayer))

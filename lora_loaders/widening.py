@@ -34,7 +34,7 @@ def widen(layer: AdapterLayer, model: nn.Module, inputs: int) -> None:
     layer.base_layer, layer.narrow_bases = _widened(base, inputs), (base,)
     forget()
     layer.resize_inputs(inputs)
-    _register_inputs(model, before, inputs)
+    register_inputs(model, before, inputs)
 
 
 def narrow(layer: AdapterLayer, model: nn.Module) -> None:
@@ -51,11 +51,27 @@ def narrow(layer: AdapterLayer, model: nn.Module) -> None:
     layer.base_layer, layer.narrow_bases = base, ()
     forget()
     layer.resize_inputs(base.in_features)
-    _register_inputs(model, wide.in_features, base.in_features)
+    register_inputs(model, wide.in_features, base.in_features)
 
 
-def _register_inputs(model: nn.Module, before: int, after: int) -> None:
-    """Pipelines read the number of channels from the configuration."""
+def unwidened(layer: AdapterLayer) -> nn.Linear | None:
+    """A widened base without its further inputs; None where there are none, or something that is fused heeds them."""
+    if not layer.narrow_bases or layer.base_layer.weight.is_meta:
+        return None
+    base, wide = layer.narrow_bases[0], layer.base_layer
+    assert isinstance(base, nn.Linear)
+    assert isinstance(wide, nn.Linear)
+    kept, further = wide.weight.detach().split([base.in_features, wide.in_features - base.in_features], dim=1)
+    if further.any():
+        return None
+    plain = nn.Linear(base.in_features, wide.out_features, bias=False, device="meta", dtype=kept.dtype)
+    plain.weight = nn.Parameter(kept.contiguous(), requires_grad=wide.weight.requires_grad)
+    plain.bias = wide.bias
+    return plain.train(wide.training)
+
+
+def register_inputs(model: nn.Module, before: int, after: int) -> None:
+    """Note in a model's configuration how many inputs it has: pipelines read the number of channels there."""
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(model, "register_to_config") and config.get("in_channels") == before:
         register: Any = model.register_to_config

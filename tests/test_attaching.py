@@ -390,6 +390,26 @@ def test_an_empty_slot_that_stays_is_as_narrow_as_before_a_control_file() -> Non
             assert torch.equal(pipe.transformer(**flux_inputs(16)).sample, plain)
 
 
+def test_a_model_is_saved_wide_only_if_what_widened_it_is_fused(tmp_path: Path) -> None:
+    pipe: Any = ll.attach(pipeline("flux1-control"))
+    model = pipe.transformer
+    plain = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    pipe.load_lora_weights(control_file(pipe).tensors, "control")
+    before = photograph(pipe)
+    model.save_pretrained(tmp_path / "unfused")
+    # Saving notes class and version in the configuration.
+    assert set(before.differences(photograph(pipe))) <= {"configs"}
+    assert (model.config.in_channels, model.x_embedder.in_features) == (32, 32)
+    pipe.fuse_lora()
+    fused = {key.replace(".base_layer", ""): t.clone() for key, t in model.state_dict().items() if "lora_" not in key}
+    model.save_pretrained(tmp_path / "fused")
+    for folder, channels, weights in (("unfused", 16, plain), ("fused", 32, fused)):
+        saved = type(model).from_pretrained(tmp_path / folder)
+        assert saved.config.in_channels == channels
+        assert saved.state_dict().keys() == weights.keys()
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in saved.state_dict().items()), folder
+
+
 def test_a_control_file_is_a_clear_error_for_a_plain_pipeline() -> None:
     pipe: Any = ll.attach(pipeline("flux1"))
     before = photograph(pipe)

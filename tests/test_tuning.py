@@ -130,6 +130,10 @@ def test_the_starting_values_have_the_fields_distributions(model: Any) -> None:
     ({"target_modules": ["nothing"]}, ll.AdapterMismatchError),
     ({"target_modules": None}, ValueError),
     ({"r": 0}, ValueError),
+    ({"r": 4.5}, ValueError),
+    ({"rank_pattern": {"to_q": 2.5}}, ValueError),
+    ({"target_modules": "("}, ValueError),
+    ({"exclude_modules": "("}, ValueError),
     ({"bias": "all"}, TypeError),
     ({"modules_to_save": ["conv_out"]}, TypeError),
     ({"init_lora_weights": "olora"}, TypeError),
@@ -141,6 +145,11 @@ def test_a_refused_configuration_changes_nothing(options: dict[str, Any], error:
     with pytest.raises(error):
         pipe.unet.add_adapter(ll.LoraConfig(**{"target_modules": ["to_q"], **options}))
     assert before.differences(photograph(pipe)) == []
+
+
+def test_what_is_no_configuration_is_refused_by_its_type(model: Any) -> None:
+    with pytest.raises(ValueError, match="adapter_config is a LoraConfig or a dictionary of its fields, not a str"):
+        model.add_adapter("x")
 
 
 def test_a_taken_name_is_refused(model: Any) -> None:

@@ -62,6 +62,10 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", component:
 def _check(config: LoraConfig) -> None:
     if config.bias != "none" or config.modules_to_save or config.fan_in_fan_out:
         raise TypeError("bias other than 'none', modules_to_save and fan_in_fan_out are not supported")
+    ranks = [config.r, *config.rank_pattern.values()]
+    fractions = [rank for rank in ranks if rank != int(rank)]
+    if fractions:
+        raise ValueError(f"a rank is a whole number, not {fractions[0]}")
     if config.r <= 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {config.r}")
     if config.init_lora_weights not in (True, False, "gaussian"):
@@ -88,7 +92,10 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
 
 def _means(wanted: Collection[str] | str, path: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        try:
+            return re.fullmatch(wanted, path) is not None
+        except re.error as error:
+            raise ValueError(f"{wanted!r} is no regular expression: {error}") from error
     return any(path == name or path.endswith(f".{name}") for name in wanted)
 
 

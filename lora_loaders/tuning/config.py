@@ -123,9 +123,12 @@ def accept(config: Any) -> LoraConfig:
 
     Raises:
         TypeError: fields that have no meaning here are set.
+        ValueError: it is no configuration, as diffusers has it.
     """
     if isinstance(config, LoraConfig):
         return config
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise ValueError(f"adapter_config is a LoraConfig or a dictionary of its fields, not a {type(config).__name__}")
     given: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     own = {f.name for f in dataclasses.fields(LoraConfig)}
     foreign = {key: value for key, value in given.items() if key not in own and not _is_inert(key, value)}
