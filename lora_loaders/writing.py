@@ -114,7 +114,7 @@ def to_tensors(
             state="Nothing was written.",
         )
     tuner = config if writing.tuned else {}
-    metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    metadata = metadata_of(adapter, form, family, writing.alphas, writing.doras, tuner, writing.changes)
     if family is not None and form.name not in KOHYAS and trainer_names != family.trainer_names:
         metadata[NAMES_KEY] = trainer_names
     return writing.tensors, metadata, config
