@@ -73,13 +73,18 @@ def build(slots: Mapping[str, Tensor], alpha: float | None) -> Delta:
     Raises:
         MalformedAdapterError: half a pair, slots that do not belong together, or shapes that do not multiply.
     """
-    delta = _build_plain({name: tensor for name, tensor in slots.items() if name not in BESIDE}, alpha)
+    plain = {name: tensor for name, tensor in slots.items() if name not in BESIDE}
+    if slots and not plain:
+        raise MalformedAdapterError(f"{', '.join(sorted(slots))} beside no change of a weight")
+    delta = _build_plain(plain, alpha)
     if "reshape_weight" in slots:
         _check_reshape(delta, slots["reshape_weight"])
     if SPARSE & slots.keys():
         delta = SparseDelta.wrap(delta, slots)
     if "magnitude" not in slots:
         return delta
+    if len(delta.shape or ()) < 2:
+        raise MalformedAdapterError(f"a magnitude beside no change of rows and columns: {', '.join(sorted(plain))}")
     magnitude = slots["magnitude"]
     if delta.is_embedding:
         magnitude = magnitude.reshape(1, -1)  # PEFT sees an embedding's weight transposed: one of each feature

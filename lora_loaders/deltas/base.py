@@ -276,6 +276,24 @@ def whole_units(rows: Tensor, unit: int) -> Tensor | None:
     return starts.flatten() // unit if whole else None
 
 
+def is_butterfly(stages: int, count: int, size: int) -> bool:
+    """Whether stages can pair half blocks within 1, 2, 4, … of these blocks, as BOFT's do."""
+    return stages > 0 and size % 2 == 0 and count % 2 ** (stages - 1) == 0
+
+
+def join_all(parts: Sequence[Delta]) -> Delta:
+    """Stack parts of any algebra along the output rows; see `Delta.join`.
+
+    Raises:
+        ConversionError: they are of several algebras, or theirs cannot say the stacked change.
+    """
+    kinds = {type(part) for part in parts}
+    if len(kinds) > 1:
+        mixed = ", ".join(sorted(kind.kind for kind in kinds))
+        raise ConversionError(f"the parts of this fused module are of different algebras ({mixed})")
+    return kinds.pop().join(parts)
+
+
 def join_optional(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
     """Concatenate row vectors of which some may be absent, which means zero."""
     given = [tensor for tensor in tensors if tensor is not None]

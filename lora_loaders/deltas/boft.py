@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
-from .base import Delta, RowMap, Slots, computing, join_biases, same
+from .base import Delta, RowMap, Slots, computing, is_butterfly, join_biases, same
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,6 +37,8 @@ class InputBoftDelta(Delta):
         blocks = slots["boft_R"]
         if blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3]:
             raise MalformedAdapterError(f"boft_R of shape {list(blocks.shape)} holds no stages of square blocks")
+        if len(blocks) != 1 and not is_butterfly(*blocks.shape[:3]):
+            raise MalformedAdapterError(f"boft_R of shape {list(blocks.shape)} cannot be paired in all stages")
         return cls(boft_R=blocks, boft_s=slots["boft_s"], bias=slots.get("bias"))
 
     def slots(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
-from .base import Delta, Factors, RowMap, Slots, computing
+from .base import Delta, Factors, RowMap, Slots, computing, join_all
 from .rows import RowsDelta
 
 
@@ -84,8 +84,8 @@ class DoraDelta(Delta):
         return self.magnitude.shape[0] if rows == -1 and not self.per_input else rows
 
     def fits(self, weight_shape: Sequence[int]) -> bool:
-        """See `Delta.fits`."""
-        return self.inner.fits(weight_shape)
+        """See `Delta.fits`; a vector has no rows and columns to norm."""
+        return len(weight_shape) > 1 and self.inner.fits(weight_shape)
 
     def input_groups(self, weight_shape: Sequence[int]) -> int:
         """See `Delta.input_groups`."""
@@ -175,8 +175,10 @@ class DoraDelta(Delta):
                 "DoRA magnitudes per input column of separate modules cannot become one fused module's",
                 mend="Write a format with split names, or make a LoRA of it first (--as lora --rank N).",
             )
-        inner = type(parts[0].inner).join([part.inner for part in parts])
-        return cls(inner=inner, magnitude=torch.cat([part.magnitude for part in parts]))
+        inner = join_all([part.inner for part in parts])
+        like = parts[0].magnitude
+        magnitudes = [part.magnitude.reshape(-1, *like.shape[1:]) for part in parts]  # `[out]` beside `[out, 1]`
+        return cls(inner=inner, magnitude=torch.cat(magnitudes))
 
 
 def _compose(gain: Tensor, inner: Tensor | None) -> Tensor:

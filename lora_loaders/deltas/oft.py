@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import ConversionError, MalformedAdapterError
 
-from .base import Delta, RowMap, Slots, computing, join_biases, same, whole_units
+from .base import Delta, RowMap, Slots, computing, is_butterfly, join_biases, same, whole_units
 from .rows import InUnits
 
 
@@ -48,6 +48,8 @@ class OftDelta(InUnits):
         blocks, rescale = slots["oft_diag" if is_rotation else "oft_blocks"], slots.get("rescale")
         if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
             raise MalformedAdapterError(f"OFT blocks of shape {list(blocks.shape)} are not square")
+        if blocks.ndim == 4 and not is_butterfly(*blocks.shape[:3]):
+            raise MalformedAdapterError(f"BOFT blocks of shape {list(blocks.shape)} cannot be paired in all stages")
         rows = blocks.shape[-3] * blocks.shape[-1]
         if rescale is not None and rescale.shape[:1] != (rows,):
             if rescale.numel() != rows:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from lora_loaders.errors import MalformedAdapterError
 
-from .base import Delta, RowMap, Slots, computing
+from .base import Delta, RowMap, Slots, computing, join_all
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -149,7 +149,7 @@ class SparseDelta(Delta):
     @classmethod
     def join(cls, parts: Sequence[Self]) -> "SparseDelta":
         """See `Delta.join`."""
-        inner = type(parts[0].inner).join([part.inner for part in parts])
+        inner = join_all([part.inner for part in parts])
         rows = 0
         indices: list[Tensor] = []
         for part in parts:

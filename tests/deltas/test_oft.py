@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from delta_cases import CASES, cayley, join, randn
@@ -88,6 +90,31 @@ def test_shapes_that_hold_no_rotation_are_malformed() -> None:
             build(slots, None)
     with pytest.raises(MalformedAdapterError, match="rescale"):
         build({"oft_blocks": randn(6, 4, 4), "rescale": randn(23, 1)}, None)
+
+
+@pytest.mark.parametrize("name", ["oft_blocks", "boft_R"])
+def test_blocks_that_cannot_be_paired_in_every_stage_are_malformed(name: str) -> None:
+    """Stage i takes half blocks in pairs that lie 2ⁱ half blocks apart, and has to meet every row just once."""
+    for stages, count, size in product(range(5), (1, 2, 3, 4, 6, 8), (2, 3, 4)):
+        rows, half = count * size, size // 2
+        orders = [
+            sorted(
+                group + side * step + place
+                for group in range(0, rows, 2 * step)
+                for side in (0, 1)
+                for place in range(step)
+            )
+            for step in (half * 2**stage for stage in range(stages))
+        ]
+        pairs = stages > 0 and not size % 2 and all(order == list(range(rows)) for order in orders)
+        pairs |= name == "boft_R" and stages == 1  # PEFT leaves the blocks of a lone stage where they are
+        slots = {name: torch.zeros(stages, count, size, size), "boft_s": torch.ones(rows, 1)}
+        slots = slots if name == "boft_R" else {name: slots[name]}
+        if pairs:
+            assert not build(slots, None).delta_weight(torch.ones(rows, rows)).any(), (stages, count, size)
+        else:
+            with pytest.raises(MalformedAdapterError, match="paired"):
+                build(slots, None)
 
 
 def test_an_old_rescale_in_blocks_is_one_factor_a_row() -> None:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from delta_cases import CASES, randn
+from torch import Tensor, nn
 
+import lora_loaders as ll
 from lora_loaders.deltas import DoraDelta, FullDelta, LoraDelta, SparseDelta, build
 from lora_loaders.errors import MalformedAdapterError
+from lora_loaders.planning import plan
 
 
 def test_a_modulation_difference_is_written_back_under_its_own_name() -> None:
@@ -69,3 +72,31 @@ def test_half_of_an_algebra_is_malformed(name: str) -> None:
             slots.pop("lokr_w2_b", None)
     with pytest.raises(MalformedAdapterError):
         build(slots, None)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"diff": randn(16)}, {"w_norm": randn(16)}, {"set_weight": randn(16)}, {"bias": randn(16)}, {}],
+    ids=lambda beside: " ".join(beside) or "nothing",
+)
+def test_a_magnitude_with_no_rows_and_columns_to_norm_is_malformed(beside: dict[str, Tensor]) -> None:
+    """Norms of a vector's entries are their absolute values, and W' would be ±magnitude whatever the change."""
+    slots = {**beside, "magnitude": randn(16, 1).abs()}
+    with pytest.raises(MalformedAdapterError, match="magnitude beside no change") as caught:
+        build(slots, None)
+    assert "alpha" not in str(caught.value)
+    spelled = {"magnitude": "dora_scale", "bias": "diff_b"}
+    stem = "transformer.transformer_blocks.0.attn.norm_q"
+    with pytest.raises(MalformedAdapterError, match=r"norm_q: .*beside no change"):
+        ll.read_adapter({f"{stem}.{spelled.get(slot, slot)}": t for slot, t in slots.items()}, family="flux1")
+
+
+@pytest.mark.parametrize("name", ["lora", "oft"])
+def test_a_magnitude_of_columns_does_not_fit_a_vector(name: str) -> None:
+    shapes = {"lora": {"down": (2, 1), "up": (16, 2)}, "oft": {"oft_blocks": (4, 4, 4)}}[name]
+    slots = {slot: randn(*shape) for slot, shape in shapes.items()}
+    assert build(slots, None).fits((16,))
+    delta = build({**slots, "magnitude": randn(16, 1).abs()}, None)
+    net = nn.ModuleDict({"it": nn.LayerNorm(16)})
+    (problem,) = plan(net, ll.Adapter({"transformer": {"it": delta}})).problems
+    assert "the module has (16,)" in problem

@@ -1,0 +1,182 @@
+"""Deltas under the names that a format uses: a component's prefix, a module's name, fused modules' parts joined."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .deltas import Delta, ExpertsDelta, LoraDelta
+from .deltas.base import join_all
+from .detection import is_last_by_rows
+from .errors import ConversionError
+from .families import Family, Names
+from .families.rules import Resolved
+from .formats import KOHYAS, Format
+from .kohya_names import Flattened
+
+
+@dataclass
+class Writing:
+    """What is gathered while one adapter is written."""
+
+    form: Format
+    family: Family | None
+    trainer_names: Flattened = "diffusers"
+    """Whose names the spelling of kohya's trainers flattens."""
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    alphas: dict[str, dict[str, LoraDelta | ExpertsDelta]] = field(
+        default_factory=dict[str, dict[str, LoraDelta | ExpertsDelta]]
+    )
+    """Component -> name as written -> the LoRA under it, whose rank and alpha the metadata states."""
+    doras: set[str] = field(default_factory=set[str])
+    """Those of them, as `component.name`, that are under DoRA."""
+    parameters: set[str] = field(default_factory=set[str])
+    """Paths of the raw parameters among what is changed."""
+    tuned: dict[str, Delta] = field(default_factory=dict[str, Delta])
+    """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
+    changes: list[Delta] = field(default_factory=list[Delta])
+    """Every delta as it is written."""
+    problems: list[str] = field(default_factory=list[str])
+    mends: list[str] = field(default_factory=list[str])
+
+    def refuse(self, error: ConversionError, where: str = "") -> None:
+        """Note what cannot be said, and the way out that the error knows."""
+        self.problems.append(f"{where}: {error.what}" if where else error.what)
+        if error.mend:
+            self.advise(error.mend)
+
+    def advise(self, mend: str) -> None:
+        """Note a way out, once."""
+        if mend not in self.mends:
+            self.mends.append(mend)
+
+
+def prefix_of(form: Format, component: str, family: Family | None) -> str | None:
+    """What stands before the names of a component's modules; None where the format has no word for the component."""
+    is_encoder = component.startswith("text_encoder")
+    if family is not None and component not in family.components:
+        return None
+    template = form.text_encoder if is_encoder else form.denoiser
+    if template is None or (form.name == "peft" and family is not None and not _tells(component, family)):
+        return None
+    number = family.encoder_number(component) if is_encoder and family else ""
+    encoder = family.encoders.get(component, "") if family else ""
+    if form.encoders is not None:
+        encoder = form.encoders.get(encoder, "")
+    if "{encoder}" in template and not encoder:
+        return None  # its name is not known
+    if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
+        return template.format(component=component)
+    if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
+        return None  # which of two denoisers is meant stands in no key
+    level = family.level if family is not None and form.name == "original" and not is_encoder else ""
+    return template.format(component=component, number=number, encoder=encoder) + level
+
+
+def _tells(component: str, family: Family) -> bool:
+    """Whether names alone say which component they are of: those of the second CLIP of a pair do not."""
+    names = family.components[component]
+    return component == next(other for other, known in family.components.items() if known is names)
+
+
+def _is_routed(component: str, family: Family) -> bool:
+    """Whether the denoiser's own names hold this component's modules (Anima's text conditioner)."""
+    return any(rule.component == component for rule in family.components[family.denoiser].rules)
+
+
+def renamed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> list[tuple[str, Delta]]:
+    """Deltas under the names that the format uses: joined and swapped back where the table says so."""
+    family, form = writing.family, writing.form
+    if form.name == "indexed":
+        return _indexed(deltas, component, writing)
+    names = form.names
+    if names == "trainer":
+        names = writing.trainer_names
+    # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
+    is_encoder = component.startswith("text_encoder")
+    if is_encoder and form.name in KOHYAS and family is not None:
+        names = "trainer" if family.components[component].has("trainer") else "diffusers"
+    elif is_encoder and form.names != "original":
+        names = "diffusers"
+    if names == "diffusers" or family is None:
+        if form.names in ("xlabs", "omi") and not is_encoder:
+            writing.problems.append(f"{component}: no {names} names are known for this family")
+        return list(deltas.items())
+    return _joined(deltas, family.components[component], names, component, writing)
+
+
+def _joined(
+    deltas: Mapping[str, Delta], names: Names, dialect: Any, component: str, writing: Writing
+) -> list[tuple[str, Delta]]:
+    reader = names.writing(dialect)
+    groups: dict[str, tuple[Resolved, dict[str, Delta]]] = {}
+    for path, delta in deltas.items():
+        source, resolved = reader.source(path)
+        if dialect == "xlabs" and resolved.is_diffusers:
+            writing.problems.append(f"{component}.{path}: the format has no name for this module")
+            continue
+        if resolved.is_diffusers and (other := _owner(source, names)):
+            # Wan's `norm3`: written so, it would be read as the other module's, or take its place in the file.
+            writing.problems.append(f"{component}.{path}: the format means {other} by this name, and has none for it")
+            continue
+        groups.setdefault(source, (resolved, {}))[1][path] = delta
+    named: list[tuple[str, Delta]] = []
+    for source, (resolved, parts) in groups.items():
+        try:
+            delta = _join(resolved, parts)
+            swap = resolved.rule.swap
+            swapped = swap == "all" or (swap == "last" and _ends(resolved, delta, deltas, writing.family))
+            named.append((source, delta.swap_halves() if swapped else delta))
+        except ConversionError as error:
+            writing.refuse(error, f"{component}.{source}")
+    return named
+
+
+def _owner(name: str, names: Names) -> str | None:
+    """The module that the original calls as diffusers calls another one."""
+    return next((r.paths[0] for r in names.resolve(name) if not r.is_diffusers and name not in r.paths), None)
+
+
+def _ends(resolved: Resolved, delta: Delta, deltas: Mapping[str, Delta], family: Family | None) -> bool:
+    """Whether this is the last block: its rows say it, or a published model has as many; reading asks the same."""
+    told = is_last_by_rows(delta)
+    if told is not None:
+        return told
+    blocks = resolved.paths[0].partition(".")[0]
+    depths = family.depths.get(blocks, ()) if family else ()
+    last = max(int(path.split(".")[1]) for path in deltas if path.startswith(f"{blocks}."))
+    return resolved.block == last and last + 1 in depths
+
+
+def _join(resolved: Resolved, parts: Mapping[str, Delta]) -> Delta:
+    if len(resolved.paths) == 1:
+        return next(iter(parts.values()))
+    shares = dict(zip(resolved.paths, resolved.rule.shares, strict=True))
+    known, sample = next(iter(parts.items()))
+    unit = sample.out_features // shares[known]
+    whole = [parts.get(path) or _zero(sample, unit * shares[path]) for path in resolved.paths]
+    return join_all(whole)
+
+
+def _zero(like: Delta, rows: int) -> Delta:
+    """No change, in the algebra of its sister part: zero rows on the same `down`."""
+    if not isinstance(like, LoraDelta):
+        raise ConversionError(f"a part of this fused module is missing, and {like.kind} cannot say no change")
+    up = like.up.new_zeros(rows, *like.up.shape[1:])
+    return replace(like, up=up, up_bias=None, bias=None)
+
+
+def _indexed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> list[tuple[str, Delta]]:
+    order = writing.family.traversal.get(component, ()) if writing.family else ()
+    places = {path: index for index, (_, path) in enumerate(order)}
+    named: list[tuple[str, Delta]] = []
+    for path, delta in deltas.items():
+        if path in places:
+            named.append((f":{places[path]}", delta))
+        else:
+            writing.problems.append(f"{component}.{path}: not among the modules that this format numbers")
+    missing = len(order) - len(named)
+    if missing and not writing.problems:
+        writing.problems.append(f"{component}: the format numbers {len(order)} modules and {missing} have no change")
+    return named
