@@ -23,6 +23,8 @@ SAMPLE = 96
 MAJORITY = 0.5
 """Of a file's names a family must know more than this share: half of them are those of any transformer."""
 KOHYA_ENCODER = re.compile(r"lora_te(\d?)_")
+LEVEL = re.compile(r"[^.]+\.|module_|base_model_model_")
+"""What stands above a name: a level of a dotted one; in a flattened one, what data-parallel training and PEFT put."""
 OTHERS = re.compile("control|encoder|vae|refiner|prior|decoder|connector", re.IGNORECASE)
 """In a level above all names it is another network's, and no wrapper's."""
 UNKNOWN_NAME = "no such name in this family"
@@ -84,8 +86,8 @@ def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Seque
     """
     inner = modules
     while inner:
-        levels = {module.name.partition(".")[0] for module in inner if "." in module.name}
-        if len(levels) != 1 or not all("." in module.name for module in inner) or OTHERS.search(min(levels)):
+        levels = {level[0] if (level := LEVEL.match(module.name)) else "" for module in inner}
+        if len(levels) != 1 or "" in levels or OTHERS.search(min(levels)):
             break
         inner = [_inside(module) for module in inner]
         sample = sample_of(inner)
@@ -96,7 +98,7 @@ def unwrapped(modules: Sequence[RawModule], families: Sequence[Family]) -> Seque
 
 def _inside(module: RawModule) -> RawModule:
     """A module under its name without the first level, and without the prefixes that stand behind that."""
-    _, component, name = split_prefix(module.name.partition(".")[2])
+    _, component, name = split_prefix(LEVEL.sub("", module.name, count=1))
     return replace(module, name=name, component=module.component or component)
 
 
@@ -251,17 +253,17 @@ def readings_of(module: RawModule, family: Family) -> list[tuple[str, Resolved]]
     for component in family.named_component(module.component):
         readings = family.components[component].resolve(module.name)
         if readings:
-            return [_routed(reading, component, family) for reading in readings]
+            return [routed for reading in readings for routed in _routed(reading, component, family)]
     return []
 
 
-def _routed(reading: Resolved, component: str, family: Family) -> tuple[str, Resolved]:
-    """A reading with its component; one that the denoiser's table sends elsewhere is read in that table too."""
+def _routed(reading: Resolved, component: str, family: Family) -> list[tuple[str, Resolved]]:
+    """A reading with its component; one that the denoiser's table sends elsewhere is read by that table alone."""
     target = reading.rule.component
     if target is None:
-        return component, reading
+        return [(component, reading)]
     inner = family.components[target].resolve(reading.paths[0])
-    return target, replace(reading, paths=inner[0].paths) if inner else reading
+    return [(target, replace(r, rule=replace(r.rule, dialect=reading.rule.dialect))) for r in inner]
 
 
 def _by_index(module: RawModule, family: Family) -> list[tuple[str, Resolved]]:

@@ -412,6 +412,29 @@ def test_levels_that_all_names_share_and_no_family_knows_are_left_out(wrapper: s
     assert adapter.family == "flux1"
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_", "lora_transformer_"])
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_orig_mod.module", "module", "base_model.model"]
+)
+def test_flattened_names_of_a_wrapped_model_are_those_of_the_model(prefix: str, wrapper: str) -> None:
+    paths = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.3.proj_mlp", "norm_out.linear"]
+    stems = {prefix + f"{wrapper}.{path}".replace(".", "_"): path for path in paths}
+    keys = {f"{stem}.lora_{end}.weight": path for stem, path in stems.items() for end in ("down", "up")}
+    placeholder = torch.empty(0, device="meta")
+    adapter = parse(Contents(dict.fromkeys(keys, placeholder), names_only=True))
+    assert dict(adapter.bound) == {key: (f"transformer.{path}",) for key, path in keys.items()}
+    assert adapter.family == "flux1"
+
+
+def test_a_live_module_list_keeps_its_name() -> None:
+    model = nn.ModuleDict({"module_list": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})
+    stems = [f"lora_unet_module_list_{index}" for index in range(2)]
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 8) for stem in stems}
+    plan = ll.plan(model, tensors | {f"{stem}.lora_up.weight": torch.ones(8, 2) for stem in stems})
+    assert not plan.unmatched
+    assert len(plan.matched) == 2
+
+
 def test_a_live_wrapper_keeps_the_level_that_it_has() -> None:
     wrapper = nn.ModuleDict({"model": nn.ModuleDict({"img_in": nn.Linear(8, 8), "txt_in": nn.Linear(8, 8)})})
     tensors = {f"model.{name}.lora_{end}.weight": torch.ones(2, 8) for name in ("img_in", "txt_in") for end in "A"}

@@ -28,11 +28,9 @@ av_ca_video_scale_shift_adaln_single.** -> av_cross_attn_video_scale_shift.**
 av_ca_a2v_gate_adaln_single.** -> av_cross_attn_video_a2v_gate.**
 av_ca_audio_scale_shift_adaln_single.** -> av_cross_attn_audio_scale_shift.**
 av_ca_v2a_gate_adaln_single.** -> av_cross_attn_audio_v2a_gate.**
-text_embedding_projection.aggregate_embed -> @connectors.text_proj_in
-text_embedding_projection.video_aggregate_embed -> @connectors.video_text_proj_in
-text_embedding_projection.audio_aggregate_embed -> @connectors.audio_text_proj_in
-video_embeddings_connector.transformer_1d_blocks.** -> @connectors.video_connector.transformer_blocks.**
-audio_embeddings_connector.transformer_1d_blocks.** -> @connectors.audio_connector.transformer_blocks.**
+text_embedding_projection.** -> @connectors.text_embedding_projection.**
+video_embeddings_connector.** -> @connectors.video_embeddings_connector.**
+audio_embeddings_connector.** -> @connectors.audio_embeddings_connector.**
 [transformer_blocks.{i}.attn1 ; transformer_blocks.{i}.audio_attn1 ; transformer_blocks.{i}.audio_to_video_attn]
 [transformer_blocks.{i}.attn2 ; transformer_blocks.{i}.audio_attn2 ; transformer_blocks.{i}.video_to_audio_attn]
   q_norm -> norm_q ; k_norm -> norm_k

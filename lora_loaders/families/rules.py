@@ -297,7 +297,7 @@ class Names:
             head = _fill(rule.targets[0].removesuffix("**"), values)
             tail = flat[found.end() :]
             known = next(self._lookup(self._paths, flatten(f"{head}.{tail}")), None)
-            if known is not None:
+            if known is not None and rule.component is None:
                 return Resolved(rule, known.paths, known.block)
             if rule.component is not None or "." in name:
                 depth = rule.source.count(".")

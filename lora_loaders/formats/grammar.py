@@ -97,10 +97,11 @@ SLOTTED = re.compile(
 )
 SLOTTED_ALONE = ("alpha", "magnitude", "diff", "bias")
 """Slots whose suffix may be a module's name too: an adapter's own name is looked for behind it if nothing else fits."""
-# Levels that wrappers put into a path: of torch.compile, FSDP, checkpointed activations, and PEFT. A weight below
-# PEFT's is the model's own.
+# Levels that wrappers put into a path, dotted or flattened: of torch.compile, FSDP, checkpointed activations, and PEFT.
+# A weight below PEFT's is the model's own.
 WRAPPERS = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer(?!\.weight$))\."
+    r"(?<![^._])_?(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]"
+    r"|(?<![^.])base_layer(?!\.weight$)\."
 )
 # XLabs' factors are `….qkv_lora1.down`; a module may be called `down` or `up` itself (Krea2's `mlp.up`).
 NAMED_FACTOR = re.compile(r"_lora[12]?\.(?:down|up)\.weight$")

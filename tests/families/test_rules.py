@@ -1,7 +1,9 @@
 """The row language."""
 
 import pytest
+import torch
 
+from lora_loaders.conversion import parse
 from lora_loaders.families import FAMILIES, Names
 from lora_loaders.families.minimax_h3 import TRANSFORMER as MINIMAX_H3
 from lora_loaders.families.mochi import TRANSFORMER as MOCHI
@@ -9,6 +11,9 @@ from lora_loaders.families.rules import parse_rows
 from lora_loaders.families.sd import SDXL_UNET
 from lora_loaders.families.text_encoders import CLIP, QWEN2_5_VL
 from lora_loaders.families.wan import TRANSFORMER as WAN
+from lora_loaders.files import Contents
+
+from .published import BY_LABEL, needs_list
 
 
 def test_prefixes_on_several_lines_all_hold_for_the_rows_below() -> None:
@@ -85,3 +90,42 @@ def test_anima_routes_its_adapter_to_the_text_conditioner_and_back() -> None:
     assert (reading.rule.component, reading.paths) == ("text_conditioner", ("blocks.0.self_attn.q_proj",))
     written = anima.components["text_conditioner"].writing("original").source("blocks.0.self_attn.q_proj")
     assert written[0] == "llm_adapter.blocks.0.self_attn.q_proj"
+
+
+# LTX-2's own names, level by level: LTX_2_0_CONNECTORS_KEYS_RENAME_DICT in diffusers' scripts/convert_ltx2_to_diffusers.
+LTX2_LEVELS = {
+    "video_connector": "video_embeddings_connector",
+    "audio_connector": "audio_embeddings_connector",
+    "transformer_blocks": "transformer_1d_blocks",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+    "text_proj_in": "text_embedding_projection.aggregate_embed",
+    "video_text_proj_in": "text_embedding_projection.video_aggregate_embed",
+    "audio_text_proj_in": "text_embedding_projection.audio_aggregate_embed",
+}
+
+
+@needs_list
+@pytest.mark.parametrize("spelling", ["diffusion_model.{}", "{}", "lora_unet_{}"])
+@pytest.mark.parametrize("label", ["ltx2-connectors", "ltx2.3-connectors"])
+def test_every_module_of_ltx2s_connectors_is_found_by_its_original_name(label: str, spelling: str) -> None:
+    stems: dict[str, str] = {}
+    for path in BY_LABEL[label].addresses:
+        name = ".".join(LTX2_LEVELS.get(level, level) for level in path.split("."))
+        stems[spelling.format(name.replace(".", "_") if spelling.startswith("lora_unet") else name)] = path
+    adapter = parse(Contents({f"{stem}.diff": torch.ones(8) for stem in stems}), "ltx2")
+    assert dict(adapter.bound) == {f"{stem}.diff": (f"connectors.{path}",) for stem, path in stems.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("ltx2", "video_embeddings_connector.transformer_1d_blocks.0.attn1.nothing"),
+        ("ltx2", "video_embeddings_connector_transformer_1d_blocks_0_attn1_nothing"),
+        ("anima", "llm_adapter.blocks.0.nothing"),
+    ],
+)
+def test_a_name_that_the_other_component_does_not_have_is_unresolved(family: str, name: str) -> None:
+    adapter = parse(Contents({f"diffusion_model.{name}.diff": torch.ones(8)}), family)
+    assert [module.name for module in adapter.unresolved] == [name]
+    assert not adapter.deltas

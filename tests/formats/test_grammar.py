@@ -111,6 +111,26 @@ def test_levels_of_wrappers_are_no_part_of_a_name(key: str) -> None:
     assert own.name == "to_q.base_layer"
 
 
+# torch.compile's, FSDP's and checkpointing's levels, with the dots of the whole path made underscores.
+WRAPPED_FLAT = {
+    "lora_unet__orig_mod_blocks_0_attn_to_q": "blocks_0_attn_to_q",
+    "lora_unet_orig_mod_blocks_0_attn_to_q": "blocks_0_attn_to_q",  # runs of underscores made one
+    "lycoris__orig_mod__fsdp_wrapped_module_blocks_0_attn_to_q": "blocks_0_attn_to_q",
+    "lora_transformer_blocks_0__checkpoint_wrapped_module_attn__orig_mod_to_q": "blocks_0_attn_to_q",
+    "lora_te1__orig_mod_text_model_encoder": "text_model_encoder",
+    "_orig_mod_blocks_0_attn_to_q": "blocks_0_attn_to_q",
+    "lora_unet_original_mod_blocks_0": "original_mod_blocks_0",
+    "lora_unet_blocks_0_base_layer_to_q": "blocks_0_base_layer_to_q",
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED_FLAT)
+def test_flattened_levels_of_wrappers_are_no_part_of_a_name(name: str) -> None:
+    found = split_key(f"{name}.lora_down.weight")
+    assert found is not None
+    assert (found.name, found.slot) == (WRAPPED_FLAT[name], "down")
+
+
 @pytest.mark.parametrize("module", ["alpha", "diff", "alpha.diff"])
 def test_a_module_called_as_a_suffix_keeps_its_name(module: str) -> None:
     found = split_key(f"blocks.0.{module}.lora_A.weight")
