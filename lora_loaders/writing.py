@@ -24,7 +24,7 @@ from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .kohya_names import NAMES_KEY, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .naming import Writing, prefix_of, renamed
+from .naming import Writing, advise_others, prefix_of, renamed
 from .peft_parameters import wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
@@ -55,9 +55,10 @@ def to_tensors(
         writing.advise("Write one file for each component.")
     writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
     for component in components:
-        prefix = prefix_of(form, component, family)
+        prefix = prefix_of(component, writing)
         if prefix is None:
             writing.problems.append(f"{component}: the format has no word for this component")
+            advise_others(component, writing)
             continue
         for name, delta in renamed(adapter.deltas[component], component, writing):
             _write_delta(name, delta, component, prefix, writing)
