@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .adapter import Adapter
 from .deltas import Delta, ExpertsDelta, LoraDelta
 from .deltas.base import join_all
 from .detection import is_last_by_rows
@@ -14,6 +15,8 @@ from .families import Family, Names
 from .families.rules import Resolved
 from .formats import FORMATS, KOHYAS, Format
 from .kohya_names import Flattened
+
+APART = "Write one file for each component: convert has component=…, the command line --component."
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Writing:
     family: Family | None
     trainer_names: Flattened = "diffusers"
     """Whose names the spelling of kohya's trainers flattens."""
+    stand_in: str | None = None
+    """The one model beside the denoiser that is written in its place, as files of its own have it."""
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta | ExpertsDelta]] = field(
         default_factory=dict[str, dict[str, LoraDelta | ExpertsDelta]]
@@ -70,11 +75,19 @@ def prefix_of(component: str, writing: Writing) -> str | None:
     if family is None or is_encoder:
         return template.format(number=number, encoder=encoder)
     # The original has the names of some components among the denoiser's own, diffusers those of none.
-    if component != family.denoiser and (
+    if component not in (family.denoiser, writing.stand_in) and (
         dialect_of(component, writing) == "diffusers" or not _routes(component, family)
     ):
         return None
     return template + (family.level if form.name == "original" else "")
+
+
+def stand_in(adapter: Adapter, family: Family | None) -> str | None:
+    """The only denoiser of this adapter, if its own files call it as they call the first (Wan's low-noise expert)."""
+    if family is None or family.denoiser in adapter.components:
+        return None
+    apart = [component for component in adapter.components if component in family.apart]
+    return apart[0] if len(apart) == 1 else None
 
 
 def _routes(component: str, family: Family) -> bool:
@@ -86,6 +99,8 @@ def advise_others(component: str, writing: Writing) -> None:
     """Note the formats of many models a file that have a word for this component, if any has."""
     many = (form for form in FORMATS if form.name not in ("peft", "xlabs", "indexed"))
     others = (Writing(form, writing.family, writing.trainer_names) for form in many)
+    if writing.family is not None and component in writing.family.apart:
+        writing.advise(APART)
     if sayers := [other.form.name for other in others if prefix_of(component, other) is not None]:
         writing.advise(f"These formats have a word for {component}: {', '.join(sayers)}.")
 
@@ -107,7 +122,7 @@ def renamed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> li
     family, form = writing.family, writing.form
     if form.name == "indexed":
         return _indexed(deltas, component, writing)
-    if form.name == "peft" and family is not None:
+    if form.name == "peft" and family is not None and component != writing.stand_in:
         _refuse_strangers(deltas, component, family, writing)
     names = dialect_of(component, writing)
     if names == "diffusers" or family is None:

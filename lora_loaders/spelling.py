@@ -44,7 +44,8 @@ def _folded(delta: LoraDelta) -> LoraDelta:
     if not torch.equal(up.double(), wanted):
         raise ConversionError(
             f"the format has no place for alpha, and a scaling of {delta.scaling:g} cannot be multiplied into "
-            f"{delta.up.dtype} without rounding"
+            f"{delta.up.dtype} without rounding",
+            mend="Choose another format, or write in float32.",
         )
     return replace(delta, up=up, alpha=None, rslora=False)
 

@@ -1,6 +1,7 @@
 """`Adapter` -> file: names read backward through the family's table, tensors under the format's suffixes."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,12 +25,13 @@ from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .kohya_names import NAMES_KEY, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .naming import Writing, advise_others, prefix_of, renamed
+from .naming import APART, Writing, advise_others, prefix_of, renamed, stand_in
 from .peft_parameters import wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
 
-MEND = "Choose another format, or write in float32 where rounding is the reason."
+logger = logging.getLogger(__name__)
+MEND = "Choose another format."
 
 
 def to_tensors(
@@ -48,11 +50,11 @@ def to_tensors(
     adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
     trainer_names = kohya_names(adapter, family) if family else "diffusers"
-    writing = Writing(form, family, trainer_names)
-    components = [component for component, deltas in adapter.deltas.items() if deltas]
+    writing = Writing(form, family, trainer_names, stand_in(adapter, family))
+    components = list(adapter.components)
     if form.name == "peft" and len(components) > 1:
         writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
-        writing.advise("Write one file for each component.")
+        writing.advise(APART)
     writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
     for component in components:
         prefix = prefix_of(component, writing)
@@ -130,6 +132,12 @@ def write_adapter(
         if config_path is not None:
             stack.enter_context(atomic(config_path)).write_text(json.dumps(config, indent=2), "utf-8")
         write_safetensors(tensors, path, metadata)
+    second = stand_in(adapter, family_named(adapter.family, families) if adapter.family else None)
+    if second is not None and not any(key.startswith(f"{second}.") for key in tensors):
+        logger.warning(
+            "%s is for %s, which no key of a %s file says: its name has to (Wan's …low_noise…), or load_into_%s=True",
+            *(path, second, format, second),
+        )
     return path
 
 

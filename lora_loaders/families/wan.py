@@ -144,6 +144,7 @@ WAN = Family(
         Shape("transformer", "condition_embedder.time_embedder.linear_1", (None, 256)),
     ),
     encoders={"text_encoder": "umt5xxl"},
+    apart=("transformer_2",),
     headers={"kohya": kohya("lora_wan", "wan", "wan2.1", "https://github.com/Wan-Video/Wan2.1")},
 )
 
