@@ -95,6 +95,24 @@ class Adapter:
 
         return self.map(lambda delta: delta.map_tensors(change))
 
+    def only(self, component: str) -> "Adapter":
+        """The part of it that changes this component; learned tokens are of none.
+
+        Raises:
+            ConversionError: it changes nothing there.
+        """
+        if component not in self.components:
+            raise ConversionError(
+                f"{self.source} ({self.describe()}): no change of {component}",
+                problems=[f"component: {other}" for other in self.components],
+                mend="Name one of these.",
+                state="Nothing was written.",
+            )
+        bound = {key: places for key, places in self.bound.items() if places[0].partition(".")[0] == component}
+        rest = tuple(module for module in self.unresolved if module.component == component)
+        own = {component: self.deltas[component]}
+        return replace(self, deltas=own, bound=bound, unresolved=rest, embeddings={})
+
     def refuse_unresolved(self) -> None:
         """Raise unless every module's name is known; leaving some out of what is written would be silent loss.
 

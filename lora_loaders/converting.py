@@ -26,13 +26,14 @@ def convert(
     *,
     format: str,
     family: str | None = None,
+    component: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
     use_safetensors: bool | None = None,
     hub: HubOptions | None = None,
     families: Sequence[Family] = FAMILIES,
 ) -> Path:
-    """Read any spelling and write another; see `read_adapter` and `write_adapter`.
+    """Read any spelling and write another, or one component's part of it; see `read_adapter` and `write_adapter`.
 
     Where names change and rows are only cut, reordered or put together, bytes go from file to file unread; the rest
     goes tensor by tensor. Memory does not grow with the file.
@@ -49,6 +50,8 @@ def convert(
     if adapter.ignored:
         reasons = "; ".join(list(dict.fromkeys(adapter.ignored.values()))[:3])
         logger.warning("%s: %d keys are left out: %s", adapter.source, len(adapter.ignored), reasons)
+    if component is not None:
+        adapter = adapter.only(component)
     path = write_adapter(adapter, target, format, dtype=dtype, overwrite=overwrite, families=families)
     if others := _written_otherwise(adapter, format, families):
         logger.warning(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .adapter import Adapter
 from .deltas import Delta, ExpertsDelta, LoraDelta
 from .deltas.base import join_all
 from .detection import is_last_by_rows
@@ -14,6 +15,8 @@ from .families import Family, Names
 from .families.rules import Resolved
 from .formats import KOHYAS, Format
 from .kohya_names import Flattened
+
+APART = "Write one file for each component: convert has component=…, the command line --component."
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Writing:
     family: Family | None
     trainer_names: Flattened = "diffusers"
     """Whose names the spelling of kohya's trainers flattens."""
+    stand_in: str | None = None
+    """The one model beside the denoiser that is written in its place, as files of its own have it."""
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     alphas: dict[str, dict[str, LoraDelta | ExpertsDelta]] = field(
         default_factory=dict[str, dict[str, LoraDelta | ExpertsDelta]]
@@ -50,13 +55,12 @@ class Writing:
             self.mends[self.problems[-1]] = error.mend
 
 
-def prefix_of(form: Format, component: str, family: Family | None) -> str | None:
+def prefix_of(component: str, writing: Writing) -> str | None:
     """What stands before the names of a component's modules; None where the format has no word for the component."""
+    form, family = writing.form, writing.family
     is_encoder = component.startswith("text_encoder")
-    if family is not None and component not in family.components:
-        return None
     template = form.text_encoder if is_encoder else form.denoiser
-    if template is None or (form.name == "peft" and family is not None and not _tells(component, family)):
+    if template is None or (family is not None and component not in family.components):
         return None
     number = family.encoder_number(component) if is_encoder and family else ""
     encoder = family.encoders.get(component, "") if family else ""
@@ -64,23 +68,41 @@ def prefix_of(form: Format, component: str, family: Family | None) -> str | None
         encoder = form.encoders.get(encoder, "")
     if "{encoder}" in template and not encoder:
         return None  # its name is not known
-    if form.name in ("diffusers", "diffusers-old", "peft", "indexed"):
+    if "{component}" in template or form.name == "peft":
         return template.format(component=component)
-    if family is not None and not is_encoder and component != family.denoiser and not _is_routed(component, family):
-        return None  # which of two denoisers is meant stands in no key
-    level = family.level if family is not None and form.name == "original" and not is_encoder else ""
-    return template.format(component=component, number=number, encoder=encoder) + level
+    if family is None or is_encoder:
+        return template.format(number=number, encoder=encoder)
+    # The original has the names of some components among the denoiser's own, diffusers those of none.
+    if component not in (family.denoiser, writing.stand_in) and (
+        dialect_of(component, writing) == "diffusers" or not _routes(component, family)
+    ):
+        return None
+    return template + (family.level if form.name == "original" else "")
 
 
-def _tells(component: str, family: Family) -> bool:
-    """Whether names alone say which component they are of: those of the second CLIP of a pair do not."""
-    names = family.components[component]
-    return component == next(other for other, known in family.components.items() if known is names)
+def stand_in(adapter: Adapter, family: Family | None) -> str | None:
+    """The only denoiser of this adapter, if its own files call it as they call the first (Wan's low-noise expert)."""
+    if family is None or family.denoiser in adapter.components:
+        return None
+    apart = [component for component in adapter.components if component in family.apart]
+    return apart[0] if len(apart) == 1 else None
 
 
-def _is_routed(component: str, family: Family) -> bool:
+def _routes(component: str, family: Family) -> bool:
     """Whether the denoiser's own names hold this component's modules (Anima's text conditioner)."""
     return any(rule.component == component for rule in family.components[family.denoiser].rules)
+
+
+def dialect_of(component: str, writing: Writing) -> str:
+    """Whose names the format gives to a component's modules."""
+    family, form = writing.family, writing.form
+    names = writing.trainer_names if form.names == "trainer" else form.names
+    if not component.startswith("text_encoder"):
+        return names
+    # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
+    if form.name in KOHYAS and family is not None:
+        return "trainer" if family.components[component].has("trainer") else "diffusers"
+    return names if form.names == "original" else "diffusers"
 
 
 def renamed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> list[tuple[str, Delta]]:
@@ -88,20 +110,35 @@ def renamed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> li
     family, form = writing.family, writing.form
     if form.name == "indexed":
         return _indexed(deltas, component, writing)
-    names = form.names
-    if names == "trainer":
-        names = writing.trainer_names
-    # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
-    is_encoder = component.startswith("text_encoder")
-    if is_encoder and form.name in KOHYAS and family is not None:
-        names = "trainer" if family.components[component].has("trainer") else "diffusers"
-    elif is_encoder and form.names != "original":
-        names = "diffusers"
+    if form.name == "peft" and family is not None and component != writing.stand_in:
+        _refuse_strangers(deltas, component, family, writing)
+    names = dialect_of(component, writing)
     if names == "diffusers" or family is None:
-        if form.names in ("xlabs", "omi") and not is_encoder:
+        if form.names in ("xlabs", "omi") and not component.startswith("text_encoder"):
             writing.problems.append(f"{component}: no {names} names are known for this family")
         return list(deltas.items())
     return _joined(deltas, family.components[component], names, component, writing)
+
+
+def _refuse_strangers(deltas: Mapping[str, Delta], component: str, family: Family, writing: Writing) -> None:
+    """Note the modules whose names alone, with no component's before them, are those of another component."""
+    owners = {path: _reader(path, family) for path in deltas}
+    strangers = {path: owner for path, owner in owners.items() if owner not in (component, None)}
+    if len(strangers) == len(deltas):
+        others = ", ".join(sorted({str(owner) for owner in strangers.values()}))
+        writing.problems.append(
+            f"{component}: the format has no word for this component, and its names are read as those of {others}"
+        )
+    else:
+        writing.problems += [f"{component}.{path}: read as one of {owner}" for path, owner in strangers.items()]
+
+
+def _reader(path: str, family: Family) -> str | None:
+    """The component that a name without a prefix is read for: the first that knows it."""
+    for component, names in family.components.items():
+        if readings := names.resolve(path):
+            return readings[0].rule.component or component
+    return None
 
 
 def _joined(

@@ -113,7 +113,8 @@ def plain(delta: Delta) -> Delta:
         if not torch.equal(scaled.double(), wanted):
             raise ConversionError(
                 f"the format has no scaling for two whole LoKr factors, and {delta.whole_scaling:g} cannot be "
-                f"multiplied into {scaled.dtype} without rounding"
+                f"multiplied into {scaled.dtype} without rounding",
+                mend="Choose another format, or write in float32.",
             )
         return replace(delta, lokr_w2=scaled, whole_scaling=1.0)
     return delta

@@ -230,15 +230,16 @@ def _whole(alpha: float) -> float | int:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def kohya_header(deltas: Collection[Delta], network: str | None = None) -> dict[str, str]:
+def kohya_header(deltas: Collection[Delta], plain: str, network: str | None = None) -> dict[str, str]:
     """Kind of network, most frequent rank and alpha, as kohya's trainers state them.
 
     Args:
         deltas: as they are written.
+        plain: the kind of network that trains LoRAs of this family.
         network: the kind that the source names, which may be more exact.
     """
     kinds = {delta.kind for delta in deltas}
-    header = {"ss_network_module": network or ("networks.lora" if kinds <= {"lora"} else "lycoris.kohya")}
+    header = {"ss_network_module": network or (plain if kinds <= {"lora"} else "lycoris.kohya")}
     pairs = Counter((delta.rank, delta.alpha_value) for delta in deltas if delta.rank is not None)
     if not pairs:
         return header

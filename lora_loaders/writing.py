@@ -1,6 +1,7 @@
 """`Adapter` -> file: names read backward through the family's table, tensors under the format's suffixes."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,10 +23,12 @@ from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .kohya_names import NAMES_KEY, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .naming import Writing, prefix_of, renamed
+from .naming import APART, Writing, prefix_of, renamed, stand_in
 from .peft_parameters import parameters_of, wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
+
+logger = logging.getLogger(__name__)
 
 
 def to_tensors(
@@ -53,7 +56,7 @@ def to_tensors(
             state="Nothing was written.",
         )
     tuner = writing.config if writing.tuned else {}
-    metadata = metadata_of(adapter, form, writing.alphas, writing.doras, tuner, writing.changes)
+    metadata = metadata_of(adapter, form, family, writing.alphas, writing.doras, tuner, writing.changes)
     if family is not None and form.name not in KOHYAS and writing.trainer_names != family.trainer_names:
         metadata[NAMES_KEY] = writing.trainer_names
     return writing.tensors, metadata, writing.config
@@ -61,16 +64,18 @@ def to_tensors(
 
 def _gathered(adapter: Adapter, form: Format, family: Family | None) -> Writing:
     """All that is written of an adapter, and what of it the format cannot say."""
-    writing = Writing(form, family, kohya_names(adapter, family) if family else "diffusers")
-    components = [component for component, deltas in adapter.deltas.items() if deltas]
+    writing = Writing(form, family, kohya_names(adapter, family) if family else "diffusers", stand_in(adapter, family))
+    components = list(adapter.components)
     if form.name == "peft" and len(components) > 1:
         several = f"one model a file, this adapter changes {', '.join(components)}"
-        writing.refuse(ConversionError(several, mend="Write one file for each component."))
+        writing.refuse(ConversionError(several, mend=APART))
     writing.parameters |= parameters_of(adapter)
     for component in components:
-        prefix = prefix_of(form, component, family)
+        prefix = prefix_of(component, writing)
         if prefix is None:
-            writing.problems.append(f"{component}: the format has no word for this component")
+            is_apart = family is not None and component in family.apart
+            unsaid = f"{component}: the format has no word for this component"
+            writing.refuse(ConversionError(unsaid, mend=APART if is_apart else ""))
             continue
         for name, delta in renamed(adapter.deltas[component], component, writing):
             _write_delta(name, delta, component, prefix, writing)
@@ -156,6 +161,12 @@ def write_adapter(
         if config_path is not None:
             stack.enter_context(atomic(config_path)).write_text(json.dumps(config, indent=2), "utf-8")
         write_safetensors(tensors, path, metadata)
+    second = stand_in(adapter, family_named(adapter.family, families) if adapter.family else None)
+    if second is not None and not any(key.startswith(f"{second}.") for key in tensors):
+        logger.warning(
+            "%s is for %s, which no key of a %s file says: its name has to (Wan's …low_noise…), or load_into_%s=True",
+            *(path, second, format, second),
+        )
     return path
 
 

@@ -14,6 +14,7 @@ from shared_files import shared_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+import lora_loaders as ll
 from lora_loaders.cli import app
 
 RANK = 4
@@ -401,6 +402,18 @@ def test_convert_writes_in_the_wanted_type(run: Run, flux_file: Path, tmp_path: 
     target = tmp_path / "half.safetensors"
     assert run("convert", flux_file, target, "--format", "diffusers", "--dtype", "bfloat16").exit_code == 0
     assert {tensor.dtype for tensor in load_file(target).values()} == {torch.bfloat16}
+
+
+def test_convert_writes_one_component_alone(run: Run, sd15_file: Path, tmp_path: Path) -> None:
+    whole, part = ll.read_adapter(sd15_file), tmp_path / "part.safetensors"
+    assert len(whole.components) > 1
+    assert run("convert", sd15_file, part, "--format", "peft", "--component", "unet").exit_code == 0
+    assert ll.read_adapter(part, family="sd15").components == {"unet": whole.components["unet"]}
+    result = run("convert", sd15_file, tmp_path / "x.safetensors", "--format", "peft", "--component", "vae")
+    assert result.exit_code == 2
+    assert "no change of vae" in result.stderr
+    result = run("convert", tmp_path, tmp_path / "out", "--format", "peft", "--component", "unet")
+    assert "take one file at a time" in result.stderr
 
 
 def test_convert_that_cannot_be_said_leaves_no_file(run: Run, flux_file: Path, tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from diffusers import MiniMaxH3Transformer3DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
 import lora_loaders as ll
+from lora_loaders.adapter import Adapter
+from lora_loaders.deltas import LoraDelta
 from lora_loaders.mixins.routing import noise_level
+from lora_loaders.writing import to_tensors
 
 PATH = "blocks.0.attn1.to_q"
 
@@ -180,3 +183,59 @@ def test_the_reference_partition_is_reached_by_argument_prefix_or_alone() -> Non
     assert alone.get_list_adapters() == {"transformer_ref": ["a"]}
     with pytest.raises(ll.AdapterStateError, match="load_into_transformer_ref"):
         MiniMax(partition(), None).load_lora_weights(keys("norm_out.linear", 4), load_into_transformer_ref=True)
+
+
+def experts(*components: str) -> Adapter:
+    """A LoRA of each of these models, each another."""
+    deltas = {c: {PATH: LoraDelta(up=torch.randn(24, 2), down=torch.randn(2, 24))} for c in components}
+    return Adapter(deltas, family="wan")
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "original", "peft", "onetrainer", "lycoris", "bfl"])
+def test_an_expert_alone_is_written_as_files_of_its_own_have_it(
+    tmp_path: Path, spelling: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ComfyUI, musubi-tuner and PEFT have one file for each of Wan 2.2's models, with the same keys in both."""
+    low = experts("transformer_2")
+    delta = low.deltas["transformer_2"][PATH]
+    first = Adapter({"transformer": {PATH: delta}}, family="wan")
+    tensors = to_tensors(low, spelling)[0]
+    assert {key: tensor.tolist() for key, tensor in tensors.items()} == {
+        key: tensor.tolist() for key, tensor in to_tensors(first, spelling)[0].items()
+    }
+    file = ll.write_adapter(low, tmp_path / "style_low_noise.safetensors", spelling)
+    assert "is for transformer_2" in caplog.text
+    assert "load_into_transformer_2=True" in caplog.text
+    pipe = Wan(wan(), wan())
+    pipe.load_lora_weights(file, adapter_name="l")
+    assert pipe.get_list_adapters() == {"transformer_2": ["l"]}
+    caplog.clear()
+    ll.write_adapter(low, tmp_path / "style.safetensors", "diffusers")
+    ll.write_adapter(first, tmp_path / "high.safetensors", spelling)
+    assert "is for" not in caplog.text
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "original", "peft"])
+def test_two_experts_are_refused_and_written_one_file_for_each(tmp_path: Path, spelling: str) -> None:
+    both = experts("transformer", "transformer_2")
+    with pytest.raises(ll.ConversionError) as caught:
+        to_tensors(both, spelling)
+    assert "transformer_2" in caught.value.problems[-1]
+    assert "--component" in str(caught.value.mend)
+    assert "rounding" not in str(caught.value.mend)
+    source = ll.write_adapter(both, tmp_path / "both.safetensors", "diffusers")
+    for component in both.components:
+        file = ll.convert(source, tmp_path / f"{component}.safetensors", format=spelling, component=component)
+        again = ll.read_adapter(file, family="wan").deltas["transformer"][PATH]
+        assert torch.equal(again.delta_weight(), both.deltas[component][PATH].delta_weight())
+    with pytest.raises(ll.ConversionError, match="no change of vae"):
+        ll.convert(source, tmp_path / "x.safetensors", format=spelling, component="vae")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_rounding_is_spoken_of_where_rounding_is_the_reason() -> None:
+    third = LoraDelta(up=torch.ones(8, 3).bfloat16(), down=torch.ones(3, 8).bfloat16(), alpha=1.0)
+    adapter = Adapter({"transformer": {"transformer_blocks.0.attn.to_out.0": third}}, family="flux1")
+    with pytest.raises(ll.ConversionError, match="rounding") as caught:
+        to_tensors(adapter, "xlabs")
+    assert "float32" in str(caught.value.mend)

@@ -267,7 +267,7 @@ def test_mixed_rslora_and_plain_modules_keep_their_scalings() -> None:
 
 def test_kohya_header_names_network_rank_and_alpha() -> None:
     metadata = to_tensors(flux_kohya().read(), "kohya")[1]
-    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["ss_network_module"] == "networks.lora_flux"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), f"{ALPHA:g}")
 
 

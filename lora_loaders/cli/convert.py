@@ -60,6 +60,9 @@ def convert(
     revision: Revision = None,
     token: Token = None,
     family: FamilyName = None,
+    component: Annotated[
+        str | None, typer.Option(help="Write what changes this component alone: transformer_2.")
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Write in this type; as it is by default.")] = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
@@ -84,8 +87,8 @@ def convert(
         raise typer.BadParameter("give --format, or --as")
     chosen = dtype.torch if dtype else None
     if Path(source).is_dir() and target.suffix != ".safetensors" and weight_name is None and subfolder is None:
-        if algebra is not None:
-            raise typer.BadParameter("--as takes one file at a time")
+        if algebra is not None or component is not None:
+            raise typer.BadParameter("--as and --component take one file at a time")
         options = {"format": format, "family": family, "dtype": chosen, "overwrite": force, "jobs": jobs}
         convert_batch(Path(source), target, use_safetensors=not allow_pickle and None, report=report, **options)
         return
@@ -102,6 +105,8 @@ def convert(
         contents, _ = open_contents(source, hub, allow_pickle=allow_pickle)
         progress.update(task, advance=1, description="naming")
         adapter = parse(contents, family)
+        if component is not None:
+            adapter = adapter.only(component)
         format = format or adapter.format or "diffusers"
         done = None
         if algebra is not None:

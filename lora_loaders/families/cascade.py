@@ -1,6 +1,7 @@
 """Stable Cascade and its forerunner Würstchen: stage C is the prior, stage B the decoder."""
 
 from .family import Family, Shape
+from .headers import model_spec
 from .rules import Names
 from .text_encoders import CLIP
 
@@ -60,6 +61,7 @@ CASCADE = Family(
         Shape("decoder", "down_blocks.{i}.{j}.attention.to_q", (1280, 1280)),
     ),
     encoders={"text_encoder": "clip_g"},
+    headers={"onetrainer": model_spec("stable-cascade-v1-prior")},
 )
 
 WUERSTCHEN_PRIOR = Names(
@@ -90,4 +92,5 @@ WUERSTCHEN = Family(
     components={"prior": WUERSTCHEN_PRIOR, "decoder": WUERSTCHEN_DECODER, "text_encoder": CLIP},
     model_classes=("WuerstchenPrior", "WuerstchenDiffNeXt"),
     shapes=(Shape("prior", "blocks.{i}.attention.to_q", (1536, 1536)),),
+    headers={"onetrainer": model_spec("wuerstchen-v2-prior")},
 )

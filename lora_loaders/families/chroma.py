@@ -1,6 +1,7 @@
 """Chroma: Flux.1's blocks without modulation, vector, time and guidance embedders."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import T5
 
@@ -40,4 +41,8 @@ CHROMA = Family(
         Shape("transformer", "single_transformer_blocks.{i}.proj_out", (3072, 15360)),
     ),
     encoders={"text_encoder": "t5xxl"},
+    headers={
+        "kohya": kohya("lora_flux", "chroma", "chroma", "https://huggingface.co/lodestones/Chroma"),
+        "onetrainer": model_spec("Chroma1"),
+    },
 )

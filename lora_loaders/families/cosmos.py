@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names, parse_rows
 from .text_encoders import LANGUAGE_MODEL, QWEN2_5_VL, T5
 
@@ -98,6 +99,10 @@ ANIMA = Family(
         Shape("text_conditioner", "blocks.{i}.self_attn.q_proj", (1024, 1024)),
     ),
     encoders={"text_encoder": "qwen3_06b"},
+    headers={
+        "kohya": kohya("lora_anima", "anima", "anima-preview", "https://huggingface.co/circlestone-labs/Anima"),
+        "onetrainer": model_spec("Anima"),
+    },
 )
 
 COSMOS = Family(

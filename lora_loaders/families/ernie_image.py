@@ -1,6 +1,7 @@
 """ERNIE-Image."""
 
 from .family import Family, Shape
+from .headers import model_spec
 from .rules import Names
 from .text_encoders import MISTRAL3
 
@@ -20,4 +21,5 @@ ERNIE_IMAGE = Family(
     model_classes=("ErnieImageTransformer2DModel",),
     depths={"layers": (36,)},
     shapes=(Shape("transformer", "layers.{i}.self_attention.to_q", (4096, 4096)),),
+    headers={"onetrainer": model_spec("Ernie")},
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from .headers import Header
 from .rules import HOLE, NUMBER, Names, flatten
 from .text_encoders import READ_BY, WIDTHS
 
@@ -52,6 +53,9 @@ class Family:
         trainer_names: whose names kohya's trainers flatten for this family.
         traversal: component -> (class, path) of each Linear inside an attention class, in the order of 2022's models;
             cloneofsimo's files number their modules so.
+        apart: models beside the denoiser with its names, which have files of their own that are spelled as the
+            denoiser's; a file's name or the caller tells.
+        headers: trainer -> what it states of this family in its files' headers; `kohya` or `onetrainer`.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Family:
     encoder_numbers: Mapping[str, int] = field(default_factory=dict[str, int])
     trainer_names: Literal["original", "trainer", "diffusers"] = "original"
     traversal: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict[str, tuple[tuple[str, str], ...]])
+    apart: tuple[str, ...] = ()
+    headers: Mapping[str, Header] = field(default_factory=dict[str, Header])
 
     def __repr__(self) -> str:
         """Its name alone: all families are the default of a parameter that editors show."""

@@ -1,6 +1,7 @@
 """Flux.1: dev, schnell, Kontext, Fill and the Control files, plus XLabs' spelling."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import CLIP, T5
 
@@ -90,4 +91,8 @@ FLUX1 = Family(
     widens=("x_embedder",),
     encoders={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     encoder_numbers={"text_encoder_2": 3},
+    headers={
+        "kohya": kohya("lora_flux", "flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
+        "onetrainer": model_spec("Flux.1-dev"),
+    },
 )

@@ -1,6 +1,7 @@
 """Flux.2 dev and klein: the single blocks stay fused in diffusers too."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import MISTRAL3
 
@@ -51,4 +52,5 @@ FLUX2 = Family(
         Shape("transformer", "time_guidance_embed.timestep_embedder.linear_1", (None, 256)),
     ),
     encoders={"text_encoder": "mistral3_24b"},
+    headers={"kohya": kohya("lora_flux_2"), "onetrainer": model_spec("Flux.2")},
 )

@@ -1,6 +1,7 @@
 """HiDream-I1."""
 
 from .family import Family, Shape
+from .headers import model_spec
 from .rules import Names
 from .text_encoders import CLIP, LANGUAGE_MODEL, T5
 
@@ -47,4 +48,5 @@ HIDREAM = Family(
         "text_encoder_3": "t5xxl",
         "text_encoder_4": "llama",
     },
+    headers={"onetrainer": model_spec("hidream-i1")},
 )

@@ -5,6 +5,7 @@ trainers' files are renamed for it (`convert_hunyuan_*_lora_to_comfy.py` of sd-s
 """
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import CLIP, LLAVA, QWEN2_5_VL, T5
 
@@ -168,6 +169,10 @@ HUNYUAN_VIDEO = Family(
     ),
     encoders={"text_encoder": "llama", "text_encoder_2": "clip_l"},
     trainer_names="trainer",
+    headers={
+        "kohya": kohya("lora", "hunyuan_video", "hunyuan-video", "https://github.com/Tencent/HunyuanVideo"),
+        "onetrainer": model_spec("hunyuan-video"),
+    },
 )
 
 HUNYUAN_VIDEO15 = Family(
@@ -184,6 +189,14 @@ HUNYUAN_VIDEO15 = Family(
     ),
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
     trainer_names="trainer",
+    headers={
+        "kohya": kohya(
+            "lora_hv_1_5",
+            "hunyuan_video_1_5",
+            "hunyuan-video-1.5",
+            "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5",
+        )
+    },
 )
 
 HUNYUAN_IMAGE = Family(
@@ -200,4 +213,5 @@ HUNYUAN_IMAGE = Family(
     ),
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
     trainer_names="trainer",
+    headers={"kohya": kohya("lora_hunyuan_image", "hunyuan-image-2.1", "hunyuan-image-2.1")},
 )

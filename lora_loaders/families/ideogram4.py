@@ -1,6 +1,7 @@
 """Ideogram 4."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import QWEN3_VL
 
@@ -29,4 +30,8 @@ IDEOGRAM4 = Family(
         Shape("transformer", "layers.{i}.feed_forward.w1", (12288, 4608)),
         Shape("transformer", "layers.{i}.adaln_modulation", (18432, 512)),
     ),
+    headers={
+        "kohya": kohya("lora_ideogram4", "ideogram4", "Ideogram-4", "https://huggingface.co/Comfy-Org/Ideogram-4"),
+        "onetrainer": model_spec("Ideogram"),
+    },
 )

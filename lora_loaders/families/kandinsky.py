@@ -1,6 +1,7 @@
 """Kandinsky 5 and 6."""
 
 from .family import Family, Shape
+from .headers import kohya
 from .rules import Names
 from .text_encoders import CLIP, QWEN2_5_VL
 
@@ -34,6 +35,9 @@ KANDINSKY5 = Family(
         Shape("transformer", "pooled_text_embeddings.in_layer", (None, 768)),
     ),
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "clip_l"},
+    headers={
+        "kohya": kohya("lora_kandinsky", "kandinsky5", "Kandinsky-5", "https://github.com/kandinskylab/kandinsky-5")
+    },
 )
 
 KANDINSKY6_TRANSFORMER = Names(

@@ -1,6 +1,7 @@
 """Krea 2."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import QWEN3_VL
 
@@ -37,4 +38,8 @@ KREA2 = Family(
         Shape("transformer", "transformer_blocks.{i}.ff.gate", (16384, 6144)),
         Shape("transformer", "text_fusion.refiner_blocks.{i}.attn.to_q", (2560, 2560)),
     ),
+    headers={
+        "kohya": kohya("lora_krea2", "krea2", "Krea-2", "https://github.com/krea-ai/krea-2"),
+        "onetrainer": model_spec("Krea-2"),
+    },
 )

@@ -1,6 +1,7 @@
 """Lumina Image 2: the parts of qkv are unequal, 2304, 768 and 768 rows."""
 
 from .family import Family, Shape
+from .headers import kohya
 from .rules import Names
 from .text_encoders import LANGUAGE_MODEL
 
@@ -40,4 +41,5 @@ LUMINA2 = Family(
         Shape("transformer", "x_embedder", (2304, 64)),
     ),
     encoders={"text_encoder": "gemma2_2b"},
+    headers={"kohya": kohya("lora_lumina", "lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0")},
 )

@@ -36,4 +36,5 @@ MINIMAX_H3 = Family(
         Shape("transformer", "transformer_blocks.{i}.attn.to_out.0", (5376, 7168)),
         Shape("transformer", "transformer_blocks.{i}.ff.net.2", (5376, 14336)),
     ),
+    apart=("transformer_ref",),
 )

@@ -1,6 +1,7 @@
 """Qwen-Image, Qwen-Image-Edit and -Edit-Plus: trainers keep diffusers' names."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import QWEN2_5_VL
 
@@ -30,4 +31,8 @@ QWEN_IMAGE = Family(
         Shape("transformer", "transformer_blocks.{i}.attn.to_q", (3072, 3072)),
         Shape("transformer", "transformer_blocks.{i}.img_mod.1", (18432, 3072)),
     ),
+    headers={
+        "kohya": kohya("lora_qwen_image", "qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image"),
+        "onetrainer": model_spec("Qwen-Image"),
+    },
 )

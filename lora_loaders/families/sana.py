@@ -1,6 +1,7 @@
 """Sana, Sana Sprint and Sana Video."""
 
 from .family import Family, Shape
+from .headers import model_spec
 from .rules import Names
 from .text_encoders import LANGUAGE_MODEL
 
@@ -66,6 +67,7 @@ SANA = Family(
         Shape("transformer", "time_embed.emb.timestep_embedder.linear_1", (None, 256)),
     ),
     encoders={"text_encoder": "gemma2_2b"},
+    headers={"onetrainer": model_spec("sana", "https://github.com/NVlabs/Sana")},
 )
 
 SANA_VIDEO = Family(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names, Rule, parse_rows
 from .text_encoders import CLIP
 
@@ -119,6 +120,7 @@ SD15 = Family(
     encoders={"text_encoder": "clip_l"},
     trainer_names="diffusers",
     traversal={"unet": tuple(_traversal()), "text_encoder": tuple(_clip_traversal())},
+    headers={"kohya": kohya("lora", "sd_v1", "stable-diffusion-v1"), "onetrainer": model_spec("stable-diffusion-v1")},
 )
 SD2 = Family(
     name="sd2",
@@ -128,6 +130,10 @@ SD2 = Family(
     config_facts={"cross_attention_dim": 1024},
     encoders={"text_encoder": "clip_h"},
     trainer_names="diffusers",
+    headers={
+        "kohya": {**kohya("lora", "sd_v2"), "ss_v2": "True"},
+        "onetrainer": {**model_spec("stable-diffusion-v2"), "ss_v2": "True"},
+    },
 )
 SDXL = Family(
     name="sdxl",
@@ -136,6 +142,12 @@ SDXL = Family(
     shapes=(*_cross_attention(2048), Shape("text_encoder_2", "text_model.encoder.layers.{i}.mlp.fc1", (5120, 1280))),
     config_facts={"addition_embed_type": "text_time"},
     encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+    headers={
+        "kohya": kohya(
+            "lora", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"
+        ),
+        "onetrainer": {**model_spec("stable-diffusion-xl-v1-base"), "ss_base_model_version": "sdxl_"},
+    },
 )
 # Its one encoder is the second of the pair, and its pipeline calls it so.
 SDXL_REFINER = Family(

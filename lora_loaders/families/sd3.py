@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5."""
 
 from .family import Family, Shape
+from .headers import kohya
 from .rules import Names
 from .text_encoders import CLIP, T5
 
@@ -50,4 +51,5 @@ SD3 = Family(
         Shape("transformer", "time_text_embed.text_embedder.linear_1", (None, 2048)),
     ),
     encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    headers={"kohya": kohya("lora_sd3")},
 )

@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2 with VACE and Animate, and what was built on them: SkyReels V2, Helios, Wan Animate 2."""
 
 from .family import Family, Shape
+from .headers import kohya
 from .rules import Names
 from .text_encoders import T5
 
@@ -143,6 +144,8 @@ WAN = Family(
         Shape("transformer", "condition_embedder.time_embedder.linear_1", (None, 256)),
     ),
     encoders={"text_encoder": "umt5xxl"},
+    apart=("transformer_2",),
+    headers={"kohya": kohya("lora_wan", "wan", "wan2.1", "https://github.com/Wan-Video/Wan2.1")},
 )
 
 SKYREELS2 = Family(

@@ -1,6 +1,7 @@
 """Z-Image: trainers use the fused and the split names, some files both."""
 
 from .family import Family, Shape
+from .headers import kohya, model_spec
 from .rules import Names
 from .text_encoders import LANGUAGE_MODEL
 
@@ -42,4 +43,8 @@ Z_IMAGE = Family(
     ),
     encoders={"text_encoder": "qwen3_4b"},
     trainer_names="diffusers",
+    headers={
+        "kohya": kohya("lora_zimage", "z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
+        "onetrainer": model_spec("Z-Image"),
+    },
 )

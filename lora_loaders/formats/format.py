@@ -30,6 +30,8 @@ class Format:
         tells_shape: whether `reshape_weight` says that an input is widened, as ComfyUI has to be told.
         encoders: its words for ComfyUI's names of text encoders, where it has others, or words for some of them alone.
         prefixes: prefixes by which it is known when read, "" for none at all.
+        trainer: whose statements on the base model stand in the header, if a family knows any.
+        metadata: entries of the header that are the same in all its files.
     """
 
     name: str
@@ -46,3 +48,5 @@ class Format:
     core_style: Style | None = None
     tells_shape: bool = False
     encoders: Mapping[str, str] | None = None
+    trainer: Literal["", "kohya", "onetrainer"] = ""
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -13,6 +13,7 @@ KOHYA = Format(
     prefixes=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_unet_"),
     flat=True,
     tells_shape=True,
+    trainer="kohya",
 )
 # The same with names that are the other kind in some families; ComfyUI reads the original's in all of them.
 KOHYA_ORIGINAL = replace(KOHYA, name="kohya-original", names="original", prefixes=())
@@ -26,6 +27,7 @@ ONETRAINER = Format(
     prefixes=("lora_transformer_", "lora_prior_unet_", "lora_prior_"),
     flat=True,
     tells_shape=True,
+    trainer="onetrainer",
 )
 LYCORIS = Format(
     name="lycoris",

@@ -32,6 +32,9 @@ OMI = Format(
     text_encoder="{encoder}.",
     prefixes=("clip_l.", "clip_g.", "t5.", "llama."),
     encoders={"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "llama": "llama"},
+    trainer="onetrainer",
+    # The branch on which OneTrainer got the format; InvokeAI knows a file of it by no other sign.
+    metadata={"ot_branch": "omi_format"},
 )
 XLABS = Format(
     name="xlabs",

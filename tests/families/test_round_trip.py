@@ -1,6 +1,7 @@
 """Every family in every spelling that can say it: written, read again, the same change of every module."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lora_loaders.errors import ConversionError
 from lora_loaders.families import FAMILIES, Family, Names
 from lora_loaders.families.rules import HOLE
 from lora_loaders.files import Contents
+from lora_loaders.formats import FORMATS
 from lora_loaders.writing import to_tensors
 
 UNIT, RANK = 4, 2
@@ -57,9 +59,14 @@ def denoiser_of(family: Family) -> Adapter:
     return Adapter({family.denoiser: loras_on(family.components[family.denoiser])}, family=family.name)
 
 
-def assert_reads_as(adapter: Adapter, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def assert_reads_as(
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """The file binds the adapter's modules, no others, and gives each the same ΔW."""
-    again = parse(Contents(tensors, metadata), adapter.family)
+    again = parse(Contents(tensors, metadata, config), adapter.family)
     assert not again.unresolved
     assert again.deltas.keys() == adapter.deltas.keys()
     for component, deltas in adapter.deltas.items():
@@ -104,6 +111,65 @@ def test_text_encoders_are_read_as_what_was_written(family: Family, spelling: st
     if encoders:
         adapter = Adapter(encoders, family=family.name)
         assert_reads_as(adapter, *to_tensors(adapter, spelling)[:2])
+
+
+# All but those whose words one family's denoiser alone has.
+ALL_SPELLINGS = [form.name for form in FORMATS if form.name not in ("xlabs", "indexed")]
+# What a format has a word for beside a family's denoiser and its text encoders.
+BESIDE = {
+    ("wan", "transformer_2"): {"diffusers", "diffusers-old", "omi"},
+    ("minimax-h3", "transformer_ref"): {"diffusers", "diffusers-old", "omi"},
+    ("ideogram4", "unconditional_transformer"): {"diffusers", "diffusers-old", "omi"},
+    ("cascade", "decoder"): {"diffusers", "diffusers-old", "omi"},
+    ("wuerstchen", "decoder"): {"diffusers", "diffusers-old", "omi", "peft"},
+    # The original has these two among the denoiser's modules, under names of their own.
+    ("anima", "text_conditioner"): {"diffusers", "diffusers-old", "omi", "kohya", "kohya-original", "original", "bfl"},
+    ("ltx2", "connectors"): {
+        *("diffusers", "diffusers-old", "omi", "kohya", "kohya-original", "original", "bfl", "peft"),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_component_is_read_as_itself_in_every_spelling_that_can_say_it(family: Family) -> None:
+    """Alone, and beside the denoiser: whatever is written of one component is never read as another's change."""
+    said: dict[str, set[str]] = {component: set() for component in family.components}
+    for spelling in ALL_SPELLINGS:
+        for component, names in family.components.items():
+            loras = loras_on(names)
+            own = {family.denoiser: denoiser_of(family).deltas[family.denoiser]}
+            for deltas in ({component: loras}, own | {component: loras}):
+                adapter = Adapter(deltas, family=family.name)
+                try:
+                    tensors, metadata, config = to_tensors(adapter, spelling)
+                except ConversionError:
+                    continue
+                if deltas.keys() & {*family.apart} and spelling not in BESIDE[family.name, component]:
+                    adapter = Adapter({family.denoiser: loras}, family=family.name)  # in a file of its own
+                else:
+                    said[component].add(spelling)
+                assert_reads_as(adapter, tensors, metadata, config if spelling == "peft" else None)
+    beside = {component for component in said if component != family.denoiser and component not in family.text_encoders}
+    assert {(family.name, component): said[component] for component in beside} == {
+        place: words for place, words in BESIDE.items() if place[0] == family.name
+    }
+
+
+def test_a_component_that_a_format_has_no_word_for_is_refused_with_those_that_have_one() -> None:
+    lora = LoraDelta(up=torch.ones(UNIT, RANK), down=torch.ones(RANK, UNIT))
+    conditioner = {"text_conditioner": {"blocks.0.self_attn.q_proj": lora}}
+    for spelling in ("kohya-diffusers", "lycoris", "onetrainer", "peft"):
+        with pytest.raises(ConversionError) as caught:
+            to_tensors(Adapter(conditioner, family="anima"), spelling)
+        assert len(caught.value.problems) == 1
+        assert "text_conditioner" in caught.value.problems[0]
+        assert "kohya, kohya-original, original, bfl" in str(caught.value.mend)
+    assert set(to_tensors(Adapter(conditioner, family="anima"), "kohya")[0]) == {
+        f"lora_unet_llm_adapter_blocks_0_self_attn_q_proj.lora_{end}.weight" for end in ("up", "down")
+    }
+    decoder = {"decoder": {"down_blocks.2.2.attention.to_q": lora}}  # the prior has a module of this name
+    with pytest.raises(ConversionError, match="prior"):
+        to_tensors(Adapter(decoder, family="cascade"), "peft")
 
 
 @pytest.mark.parametrize("names", ["kohya", "kohya-original", "kohya-diffusers"])
