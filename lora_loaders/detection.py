@@ -15,7 +15,7 @@ from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
 from .families.family import Shape, means_encoder
 from .families.rules import HOLE, NUMBER, Dialect, Names, Resolved, flatten
-from .formats import PEFT, RawModule
+from .formats import DIFFUSERS, RawModule
 from .formats.grammar import split_prefix
 
 logger = logging.getLogger(__name__)
@@ -310,12 +310,12 @@ def vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
 def names_spoken(modules: Sequence[RawModule], family: Family | None) -> str | None:
     """Whose names the most of a denoiser's modules have, as `Format.names` says it; None if no name tells.
 
-    What PEFT wrapped is PEFT's whatever its modules are called.
+    Only modules are asked whose prefix leaves it open: what stands behind PEFT's is PEFT's by whatever names.
     """
     if family is None:
         return None
-    own = [m for m in modules if m.prefix != PEFT.denoiser and not means_encoder(m.component)]
-    read = (readings_of(module, family) for module in sample_of(own))
+    asked = [m for m in modules if m.prefix in ("", *DIFFUSERS.prefixes) and not means_encoder(m.component)]
+    read = (readings_of(module, family) for module in sample_of(asked))
     told = [r for ((component, r),) in (x for x in read if len(x) == 1) if not _is_common(component, r, family)]
     counts = Counter(NAMES_OF.get(reading.rule.dialect, "original") for reading in told)
     return max(counts, key=lambda names: counts[names], default=None)
