@@ -129,13 +129,17 @@ def rank_families(
     """Families by how well they explain a file, best first; names go before widths, widths before numbers of blocks.
 
     A width that no published model has tells nothing: small models and new sizes have names like the published ones.
+    Nor does a width of a model with too few blocks, where there is a family whose widths are not known here.
     """
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
     encoding = [m for m in modules if means_encoder(m.component)]
     denoising = [m for m in modules if not means_encoder(m.component)]
     sample, encoders = sample_of(denoising or encoding), sample_of(encoding)
-    ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
-    return sorted(ranking, key=lambda pair: pair[0], reverse=True)
+    scored = [(*_score(sample, encoders, tensors, family), family) for family in families]
+    most = max((score.names for score, _, _ in scored), default=0.0)
+    if any(score.names == most and score.depths >= 0 and not is_told for score, is_told, _ in scored):
+        scored = [(s._replace(widths=0.0) if s.depths < 0 else s, is_told, family) for s, is_told, family in scored]
+    return sorted(((score, family) for score, _, family in scored), key=lambda pair: pair[0], reverse=True)
 
 
 def tied(ranking: Sequence[tuple[Score, Family]]) -> tuple[str, ...]:
@@ -168,7 +172,8 @@ def sample_of(modules: Sequence[RawModule]) -> list[RawModule]:
 
 def _score(
     sample: Sequence[RawModule], encoders: Sequence[RawModule], tensors: Mapping[str, Tensor], family: Family
-) -> Score:
+) -> tuple[Score, bool]:
+    """The score, and whether any width tells for or against the family."""
     read = [(module, readings[0]) for module in sample if (readings := readings_of(module, family))]
     told = [
         (reading[1].paths[0], fitting)
@@ -179,7 +184,7 @@ def _score(
     depths = [_depth(path, number, told, family) for path, number in _last_blocks(read, family).items()]
     numbered = [_is_numbered_right(module, family) for module in encoders]
     widths = _mean([bool(fitting) for _, fitting in told])
-    return Score(
+    score = Score(
         len(read) / len(sample),
         widths,
         min(depths, default=0),
@@ -187,6 +192,7 @@ def _score(
         _complete(read, family),
         family.extends is None,
     )
+    return score, bool(told)
 
 
 def _mean(facts: Sequence[float]) -> float:
