@@ -15,7 +15,7 @@ from .errors import UnknownFamilyError
 from .families import FAMILIES, Family
 from .families.family import Shape, means_encoder
 from .families.rules import HOLE, NUMBER, Dialect, Names, Resolved, flatten
-from .formats import PEFT, RawModule
+from .formats import DIFFUSERS, RawModule
 from .formats.grammar import split_prefix
 
 logger = logging.getLogger(__name__)
@@ -129,13 +129,17 @@ def rank_families(
     """Families by how well they explain a file, best first; names go before widths, widths before numbers of blocks.
 
     A width that no published model has tells nothing: small models and new sizes have names like the published ones.
+    Nor does a width of a model with too few blocks, where there is a family whose widths are not known here.
     """
     # What a denoiser calls its modules tells families apart; encoders are shared between them.
     encoding = [m for m in modules if means_encoder(m.component)]
     denoising = [m for m in modules if not means_encoder(m.component)]
     sample, encoders = sample_of(denoising or encoding), sample_of(encoding)
-    ranking = [(_score(sample, encoders, tensors, family), family) for family in families]
-    return sorted(ranking, key=lambda pair: pair[0], reverse=True)
+    scored = [(*_score(sample, encoders, tensors, family), family) for family in families]
+    most = max((score.names for score, _, _ in scored), default=0.0)
+    if any(score.names == most and score.depths >= 0 and not is_told for score, is_told, _ in scored):
+        scored = [(s._replace(widths=0.0) if s.depths < 0 else s, is_told, family) for s, is_told, family in scored]
+    return sorted(((score, family) for score, _, family in scored), key=lambda pair: pair[0], reverse=True)
 
 
 def tied(ranking: Sequence[tuple[Score, Family]]) -> tuple[str, ...]:
@@ -168,7 +172,8 @@ def sample_of(modules: Sequence[RawModule]) -> list[RawModule]:
 
 def _score(
     sample: Sequence[RawModule], encoders: Sequence[RawModule], tensors: Mapping[str, Tensor], family: Family
-) -> Score:
+) -> tuple[Score, bool]:
+    """The score, and whether any width tells for or against the family."""
     read = [(module, readings[0]) for module in sample if (readings := readings_of(module, family))]
     told = [
         (reading[1].paths[0], fitting)
@@ -179,7 +184,7 @@ def _score(
     depths = [_depth(path, number, told, family) for path, number in _last_blocks(read, family).items()]
     numbered = [_is_numbered_right(module, family) for module in encoders]
     widths = _mean([bool(fitting) for _, fitting in told])
-    return Score(
+    score = Score(
         len(read) / len(sample),
         widths,
         min(depths, default=0),
@@ -187,6 +192,7 @@ def _score(
         _complete(read, family),
         family.extends is None,
     )
+    return score, bool(told)
 
 
 def _mean(facts: Sequence[float]) -> float:
@@ -310,12 +316,12 @@ def vote(modules: Iterable[RawModule], family: Family | None) -> bool | None:
 def names_spoken(modules: Sequence[RawModule], family: Family | None) -> str | None:
     """Whose names the most of a denoiser's modules have, as `Format.names` says it; None if no name tells.
 
-    What PEFT wrapped is PEFT's whatever its modules are called.
+    Only modules are asked whose prefix leaves it open: what stands behind PEFT's is PEFT's by whatever names.
     """
     if family is None:
         return None
-    own = [m for m in modules if m.prefix != PEFT.denoiser and not means_encoder(m.component)]
-    read = (readings_of(module, family) for module in sample_of(own))
+    asked = [m for m in modules if m.prefix in ("", *DIFFUSERS.prefixes) and not means_encoder(m.component)]
+    read = (readings_of(module, family) for module in sample_of(asked))
     told = [r for ((component, r),) in (x for x in read if len(x) == 1) if not _is_common(component, r, family)]
     counts = Counter(NAMES_OF.get(reading.rule.dialect, "original") for reading in told)
     return max(counts, key=lambda names: counts[names], default=None)

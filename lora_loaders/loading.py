@@ -277,8 +277,8 @@ def _check_family(layout: ModelLayout, contents: Contents | Adapter, family: Fam
     lost = [module for module in denoising if not _has_place(module, family, layout)]
     if len(lost) <= MISPLACED * len(denoising):
         return
-    own, _ = rank_families(denoising, contents.tensors, [family])[0]
-    score, likely = rank_families(denoising, contents.tensors)[0]
+    ranking = rank_families(denoising, contents.tensors, [family, *(f for f in FAMILIES if f.name != family.name)])
+    (score, likely), own = ranking[0], next(score for score, known in ranking if known is family)
     if likely.name == family.name or score.names < CERTAIN or score[:3] <= own[:3]:
         return
     classes = ", ".join(type(model).__name__ for model in layout.components.values())

@@ -40,6 +40,7 @@ def flux(double: int = 19, single: int = 38) -> Tensors:
 
 
 QWEN = attention("transformer_blocks", 60, DOUBLE)
+VALUES = attention("transformer_blocks", 60, ["to_v"])
 
 
 # A checkpoint is no adapter
@@ -131,6 +132,20 @@ SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 UNTOLD = {
     "self-attention of 4096": (blocks("transformer_blocks", 28, SELF_ATTENTION, 4096), {"cogview4", "cosmos1"}),
     "self-attention of 1152": (blocks("transformer_blocks", 28, SELF_ATTENTION, 1152), {"dit", "pixart"}),
+    # Stable Audio has 24 blocks of 1536 as SD3 has, and Sana Video 20 of 2240 as Sana.
+    "feed-forwards of 1536": (
+        {
+            key: tensor
+            for block in range(24)
+            for name, rows, columns in (("0.proj", 6144, 1536), ("2", 1536, 6144))
+            for key, tensor in pair(f"transformer.transformer_blocks.{block}.ff.net.{name}", rows, columns).items()
+        },
+        {"sd3", "stable-audio"},
+    ),
+    "cross-attention of 2240": (
+        blocks("transformer_blocks", 20, [f"attn2.{n}" for n in (*SINGLE, "to_out.0")], 2240),
+        {"sana", "sana-video"},
+    ),
     "twelve joint blocks": (
         blocks("transformer_blocks", 12, [f"attn.{n}" for n in DOUBLE], 1536),
         {"sd3", "motif-video"},
@@ -143,6 +158,24 @@ def test_a_family_that_is_only_likelier_is_said_to_be_tied(label: str) -> None:
     keys, families = UNTOLD[label]
     adapter = ll.read_adapter(keys)
     assert families <= {adapter.family, *adapter.ties}
+
+
+@pytest.mark.parametrize("label", ["self-attention of 1152", "feed-forwards of 1536"])
+def test_a_tie_is_warned_of_where_the_other_family_is_written_otherwise(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {key: torch.ones(tensor.shape) for key, tensor in UNTOLD[label][0].items()}
+    ll.convert(tensors, tmp_path / "a.safetensors", format="original")
+    assert any("under other names" in record.message for record in caplog.records)
+
+
+# Qwen-Image has 60 blocks of 3072, as wide as Flux.1, HunyuanVideo and Bria, none of which has more than 20 of them.
+@pytest.mark.parametrize("count", [60, 31])
+@pytest.mark.parametrize("names", [["to_out.0"], ["to_add_out"], ["to_out.0", "to_add_out"], ["add_q_proj"], ["to_v"]])
+def test_a_model_has_no_more_blocks_than_it_has(names: list[str], count: int) -> None:
+    adapter = ll.read_adapter(attention("transformer_blocks", count, names))
+    assert "qwen-image" in {adapter.family, *adapter.ties}
+    assert not {"flux1", "chroma", "hunyuan-video", "bria", "bria-fibo"} & {adapter.family, *adapter.ties}
 
 
 def test_whole_files_of_flux_are_tied_with_its_twin_alone() -> None:
@@ -201,6 +234,7 @@ NUMBERED = {f"unet:{n}:{slot}": torch.empty(4, 4) for n in range(32) for slot in
     ("label", "tensors", "family"),
     [
         pytest.param("flux1", QWEN, "qwen-image", id="qwen-image into flux1"),
+        pytest.param("flux1", VALUES, "qwen-image", id="qwen-image's values into flux1"),
         pytest.param("qwen-image", flux(), "flux1", id="flux1 into qwen-image"),
         pytest.param("sd15", SDXL, "sdxl", id="sdxl into sd15"),
         pytest.param("flux1", NUMBERED, "sd15", id="numbered modules into flux1"),

@@ -80,6 +80,9 @@ def test_xlabs_is_told_by_names_that_it_alone_has() -> None:
     [
         ("wan", pair("blocks.0.self_attn.q", 5120, 5120), "bfl"),
         ("wan", pair("blocks.0.attn1.to_q", 5120, 5120), "peft"),
+        # Without factors no suffix tells anything, and kohya's are no format's without a prefix.
+        ("flux2", {"double_blocks.0.img_attn.qkv.diff": torch.ones(9, 3)}, "bfl"),
+        ("flux2", {"diffusion_model.double_blocks.0.img_attn.qkv.diff": torch.ones(9, 3)}, "original"),
         # What PEFT wrapped is PEFT's, also where the model had the original's names.
         ("wan", pair("base_model.model.blocks.0.self_attn.q", 5120, 5120), "peft"),
         # No format has diffusers' names with kohya's suffixes: the nearest is the older one of diffusers.

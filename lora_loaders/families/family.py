@@ -10,7 +10,8 @@ from .headers import Header
 from .rules import HOLE, NUMBER, Names, flatten
 from .text_encoders import READ_BY, WIDTHS
 
-FEED_FORWARDS = tuple(f".{name}" for name in ("ff.net.0.proj", "ffn.net.0.proj", "ff.linear_in", "ff.linear_1"))
+FEED_FORWARD_INPUTS = ("ff.net.0.proj", "ffn.net.0.proj", "ff.linear_in", "ff.linear_1")
+FEED_FORWARD_OUTPUTS = ("ff.net.2", "ffn.net.2", "ff.linear_out")
 ENCODER = re.compile(r"te\d|text_encoder|encoder:")
 VALUES = re.compile(r"(?<=\.to_)v$|(?<=\.add_)v(?=_proj$)")
 
@@ -150,23 +151,31 @@ class Family:
         rows = self._shape_rows.get((component, NUMBER.sub("#", flat)), ())
         return [shape for pattern, shape in rows if pattern.fullmatch(flat)]
 
-    def _feed_forwards(self) -> Iterator[Shape]:
-        """Of the blocks whose attention's width is told, what that says of their feed-forward's inputs."""
+    def _derived(self) -> Iterator[Shape]:
+        """What the width of a block's attention says of the block's other modules that read and write the same states.
+
+        Its output goes back to where its queries come from, as that of a second attention and of a feed-forward does.
+        """
         stated = {shape.path for shape in self.shapes}
         for shape in self.shapes:
             if not shape.path.endswith(".to_q"):
                 continue
-            block = shape.path.rsplit(".", 2)[0]
-            for path in self.components[shape.component].modules:
-                if path.startswith(f"{block}.") and path.endswith(FEED_FORWARDS) and path not in stated:
-                    yield Shape(shape.component, path, (None, shape.sizes[1]), shape.blocks)
+            attention = shape.path.removesuffix("to_q")
+            block, (inner, width) = attention.rsplit(".", 2)[0], shape.sizes
+            sizes = {f"{attention}to_out.0": (width, inner)}
+            if attention == f"{block}.attn1." and f"{block}.attn2.to_q" not in stated:
+                sizes |= {f"{block}.attn2.to_q": (None, width), f"{block}.attn2.to_out.0": (width, None)}
+            sizes |= {f"{block}.{name}": (None, width) for name in FEED_FORWARD_INPUTS}
+            sizes |= {f"{block}.{name}": (width, None) for name in FEED_FORWARD_OUTPUTS}
+            for path in (path for path in self.components[shape.component].modules if path in sizes.keys() - stated):
+                yield Shape(shape.component, path, sizes[path], shape.blocks)
 
     @cached_property
     def _shape_rows(self) -> Mapping[tuple[str, str], list[tuple[re.Pattern[str], Shape]]]:
         widths = {component: WIDTHS[name] for component, name in self.encoders.items() if name in WIDTHS}
         encoders = [Shape(component, path, (None, width)) for component, width in widths.items() for path in READ_BY]
         index: dict[tuple[str, str], list[tuple[re.Pattern[str], Shape]]] = {}
-        for shape in (*self.shapes, *self._feed_forwards(), *encoders):
+        for shape in (*self.shapes, *self._derived(), *encoders):
             flat = flatten(shape.path)
             pattern = re.compile(HOLE.sub(r"\\d+", flat))
             key = (shape.component, NUMBER.sub("#", HOLE.sub("#", flat)))

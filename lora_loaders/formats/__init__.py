@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lora_loaders.errors import UnknownFormatError
 
-from .diffusers import DIFFUSERS, DIFFUSERS_OLD
-from .diffusers import PEFT as PEFT
+from .diffusers import DIFFUSERS as DIFFUSERS
+from .diffusers import DIFFUSERS_OLD, PEFT
 from .format import Format as Format
 from .grammar import NO_SUFFIX as NO_SUFFIX
 from .grammar import Key, read_keys
@@ -27,6 +27,7 @@ FORMATS: tuple[Format, ...] = (
 # what the file may be instead.
 ALIKE: Mapping[str, tuple[Format, ...]] = {
     PEFT.name: (BFL,),
+    ORIGINAL.name: (BFL,),
     DIFFUSERS.name: (OMI,),
     DIFFUSERS_OLD.name: (XLABS,),
     OMI.name: (DIFFUSERS_OLD,),
