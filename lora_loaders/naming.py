@@ -13,7 +13,7 @@ from .detection import is_last_by_rows
 from .errors import ConversionError
 from .families import Family, Names
 from .families.rules import Resolved
-from .formats import FORMATS, KOHYAS, Format
+from .formats import KOHYAS, Format
 from .kohya_names import Flattened
 
 APART = "Write one file for each component: convert has component=…, the command line --component."
@@ -42,19 +42,23 @@ class Writing:
     """Name as written -> any other delta in PEFT's own format, which a configuration of its tuner describes."""
     changes: list[Delta] = field(default_factory=list[Delta])
     """Every delta as it is written."""
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    """PEFT's configuration of what is written."""
     problems: list[str] = field(default_factory=list[str])
-    mends: list[str] = field(default_factory=list[str])
+    mends: dict[str, str] = field(default_factory=dict[str, str])
+    """Problem -> the way out that its error knows."""
 
     def refuse(self, error: ConversionError, where: str = "") -> None:
         """Note what cannot be said, and the way out that the error knows."""
         self.problems.append(f"{where}: {error.what}" if where else error.what)
         if error.mend:
-            self.advise(error.mend)
+            self.mends[self.problems[-1]] = error.mend
 
-    def advise(self, mend: str) -> None:
-        """Note a way out, once."""
-        if mend not in self.mends:
-            self.mends.append(mend)
+    def refuse_component(self, component: str, reason: str = "") -> None:
+        """Note that the format has no word for a component; the way out is a file of its own, where it has such."""
+        apart = self.family is not None and component in self.family.apart
+        what = f"{component}: the format has no word for this component{reason}"
+        self.refuse(ConversionError(what, mend=APART if apart else ""))
 
 
 def prefix_of(component: str, writing: Writing) -> str | None:
@@ -95,16 +99,6 @@ def _routes(component: str, family: Family) -> bool:
     return any(rule.component == component for rule in family.components[family.denoiser].rules)
 
 
-def advise_others(component: str, writing: Writing) -> None:
-    """Note the formats of many models a file that have a word for this component, if any has."""
-    many = (form for form in FORMATS if form.name not in ("peft", "xlabs", "indexed"))
-    others = (Writing(form, writing.family, writing.trainer_names) for form in many)
-    if writing.family is not None and component in writing.family.apart:
-        writing.advise(APART)
-    if sayers := [other.form.name for other in others if prefix_of(component, other) is not None]:
-        writing.advise(f"These formats have a word for {component}: {', '.join(sayers)}.")
-
-
 def dialect_of(component: str, writing: Writing) -> str:
     """Whose names the format gives to a component's modules."""
     family, form = writing.family, writing.form
@@ -138,13 +132,9 @@ def _refuse_strangers(deltas: Mapping[str, Delta], component: str, family: Famil
     strangers = {path: owner for path, owner in owners.items() if owner not in (component, None)}
     if len(strangers) == len(deltas):
         others = ", ".join(sorted({str(owner) for owner in strangers.values()}))
-        writing.problems.append(
-            f"{component}: the format has no word for this component, and its names are read as those of {others}"
-        )
+        writing.refuse_component(component, f", and its names are read as those of {others}")
     else:
         writing.problems += [f"{component}.{path}: read as one of {owner}" for path, owner in strangers.items()]
-    if strangers:
-        advise_others(component, writing)
 
 
 def _reader(path: str, family: Family) -> str | None:

@@ -45,7 +45,7 @@ def _folded(delta: LoraDelta) -> LoraDelta:
         raise ConversionError(
             f"the format has no place for alpha, and a scaling of {delta.scaling:g} cannot be multiplied into "
             f"{delta.up.dtype} without rounding",
-            mend="Choose another format, or write in float32.",
+            mend="Choose another format, or write with dtype=torch.float32.",
         )
     return replace(delta, up=up, alpha=None, rslora=False)
 

@@ -14,24 +14,21 @@ from torch import Tensor
 from .adapter import Adapter
 from .atomic import atomic
 from .deltas import Delta, DoraDelta, ExpertsDelta, LoraDelta
-from .deltas.rows import rows_in
 from .detection import family_named
 from .errors import AdapterFileError, ConversionError
 from .families import FAMILIES, Family
 from .files import write_safetensors
 from .formats import FORMATS, KOHYAS, Format, format_named
-from .formats.format import ALL_ALGEBRAS
 from .formats.grammar import COMMON, MODULATION, STYLES
 from .headers import indexed_metadata, metadata_of, peft_config
 from .kohya_names import NAMES_KEY, kohya_names
 from .locating import CONFIG_NAME, DEFAULT_NAMES, PICKLES
-from .naming import APART, Writing, advise_others, prefix_of, renamed, stand_in
+from .naming import APART, Writing, prefix_of, renamed, stand_in
 from .peft_parameters import wrapped
 from .peft_types import for_peft, refuse_unreadable
 from .spelling import alpha_tensor, magnitude_slots, spelled
 
 logger = logging.getLogger(__name__)
-MEND = "Choose another format."
 
 
 def to_tensors(
@@ -49,41 +46,72 @@ def to_tensors(
     form = format_named(format)
     adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
-    trainer_names = kohya_names(adapter, family) if family else "diffusers"
-    writing = Writing(form, family, trainer_names, stand_in(adapter, family))
-    components = list(adapter.components)
-    if form.name == "peft" and len(components) > 1:
-        writing.problems.append(f"one model a file, this adapter changes {', '.join(components)}")
-        writing.advise(APART)
-    writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
-    for component in components:
-        prefix = prefix_of(component, writing)
-        if prefix is None:
-            writing.problems.append(f"{component}: the format has no word for this component")
-            advise_others(component, writing)
-            continue
-        for name, delta in renamed(adapter.deltas[component], component, writing):
-            _write_delta(name, delta, component, prefix, writing)
-    for token, vector in adapter.embeddings.items():
-        writing.tensors[token] = vector
-    config: dict[str, Any] = {}
-    try:
-        config = peft_config(writing.alphas, writing.doras, writing.tuned)
-    except ConversionError as error:
-        writing.refuse(error)
+    writing = _gathered(adapter, form, family)
     if writing.problems:
         raise ConversionError(
             f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
             f"{len(writing.problems)} place{'s' * (len(writing.problems) > 1)}",
             problems=writing.problems,
-            mend=" ".join(writing.mends) or MEND,
+            mend=_ways_out(adapter, writing),
             state="Nothing was written.",
         )
-    tuner = config if writing.tuned else {}
+    tuner = writing.config if writing.tuned else {}
     metadata = metadata_of(adapter, form, family, writing.alphas, writing.doras, tuner, writing.changes)
-    if family is not None and form.name not in KOHYAS and trainer_names != family.trainer_names:
-        metadata[NAMES_KEY] = trainer_names
-    return writing.tensors, metadata, config
+    if family is not None and form.name not in KOHYAS and writing.trainer_names != family.trainer_names:
+        metadata[NAMES_KEY] = writing.trainer_names
+    return writing.tensors, metadata, writing.config
+
+
+def _gathered(adapter: Adapter, form: Format, family: Family | None) -> Writing:
+    """All that is written of an adapter, and what of it the format cannot say."""
+    trainer_names = kohya_names(adapter, family) if family else "diffusers"
+    writing = Writing(form, family, trainer_names, stand_in(adapter, family))
+    components = list(adapter.components)
+    if form.name == "peft" and len(components) > 1:
+        several = f"one model a file, this adapter changes {', '.join(components)}"
+        writing.refuse(ConversionError(several, mend=APART))
+    writing.parameters |= {path for _, path, delta in adapter.modules() if delta.of_parameter}
+    for component in components:
+        prefix = prefix_of(component, writing)
+        if prefix is None:
+            writing.refuse_component(component)
+            continue
+        for name, delta in renamed(adapter.deltas[component], component, writing):
+            _write_delta(name, delta, component, prefix, writing)
+    for token, vector in adapter.embeddings.items():
+        writing.tensors[token] = vector
+    try:
+        writing.config = peft_config(writing.alphas, writing.doras, writing.tuned)
+    except ConversionError as error:
+        writing.refuse(error)
+    return writing
+
+
+def _ways_out(adapter: Adapter, writing: Writing) -> str:
+    """What the errors know, and for the other problems what is found by trying: formats, and LoRAs in this one."""
+    mends = list(dict.fromkeys(writing.mends.values()))
+    if len(writing.mends) == len(writing.problems):
+        return " ".join(mends)
+    able = [f.name for f in FORMATS if f is not writing.form and not _gathered(adapter, f, writing.family).problems]
+    ways = [f"write a format that can say it ({', '.join(able)})"] if able else []
+    if not _gathered(adapter.map(_as_lora), writing.form, writing.family).problems:
+        needs_base = any(delta.needs_base and _as_lora(delta) is not delta for _, _, delta in adapter.modules())
+        ways.append("make a LoRA of it first: --as lora --rank N" + " (and --model, its base weights)" * needs_base)
+    ways = ways or ["leave out what is named here: no other format can say it either"]
+    found = ", or ".join(ways)
+    return " ".join([*mends, f"{found[0].upper()}{found[1:]}."])
+
+
+def _as_lora(delta: Delta) -> Delta:
+    """A LoRA in the place of a change of a matrix, to ask whether a format can say that."""
+    shape = delta.shape or ()
+    is_lora = isinstance(delta, LoraDelta) and delta.mid is None
+    if len(shape) < 2 or is_lora or isinstance(delta, ExpertsDelta):
+        return delta
+    rows, columns, *kernel = (max(1, size) for size in shape)
+    down, up = torch.zeros(1, columns, *kernel), torch.zeros(rows, 1, *[1] * len(kernel))
+    bias = delta.delta_bias(torch.zeros(rows))  # gains of the outputs change that of their module
+    return LoraDelta(down=down, up=up, bias=bias, of_parameter=delta.of_parameter)
 
 
 def write_adapter(
@@ -169,8 +197,6 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
             refuse_unreadable(delta)
         written = wrapped(name, writing.parameters) if form.name == "peft" else name
     except ConversionError as error:
-        if rows_in(delta) is not None and (fusing := _fusing(name, component, writing)):
-            writing.advise(f"Write a format with fused names ({', '.join(fusing)}), or:")
         writing.refuse(error, where)
         return
     unknown = {kind for kind in (delta.kind, inner.kind) if kind not in form.algebras}
@@ -203,19 +229,6 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.
         writing.tensors[f"{start}.alpha"] = alpha_tensor(inner, alpha)
-
-
-def _fusing(path: str, component: str, writing: Writing) -> list[str]:
-    """The other formats that say every algebra and, in this family, call this module by a fused one's name."""
-    family = writing.family
-    if family is None:
-        return []
-
-    def fuses(form: Format) -> bool:
-        names = writing.trainer_names if form.names == "trainer" else form.names
-        return names != "diffusers" and len(family.components[component].writing(names).source(path)[1].paths) > 1
-
-    return [f.name for f in FORMATS if f is not writing.form and f.algebras == ALL_ALGEBRAS and fuses(f)]
 
 
 def _is_widened(name: str, delta: Delta, component: str, family: Family | None) -> bool:

@@ -146,7 +146,7 @@ def test_parts_are_written_back_as_the_fused_module_and_never_alone(case: str) -
             to_tensors(adapter, name)
         message = str(caught.value)
         assert "--as lora --rank" in message
-        assert "fused names" in message
+        assert "a format that can say it (kohya," in message
         assert "--model" in message
 
 

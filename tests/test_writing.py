@@ -1,12 +1,14 @@
 """Writing: what was read is written in every spelling that can say it, and read back without a changed bit."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tiny_models
 import torch
 from filled_manifests import IMPOSSIBLE, small
 from random_files import RANK, RandomFile, assert_says, found, same_bits, same_tensors
@@ -16,12 +18,14 @@ from test_files import assert_says_all_four
 from test_manifests import pipeline  # noqa: F401  # a fixture
 from torch import nn
 
+import lora_loaders as ll
 from lora_loaders.adapter import Adapter
 from lora_loaders.conversion import parse, read_adapter
 from lora_loaders.converting import convert
-from lora_loaders.deltas import Delta, DoraDelta, LoraDelta
+from lora_loaders.deltas import Delta, DoraDelta, LoraDelta, build
 from lora_loaders.errors import AdapterFileError, ConversionError, MalformedAdapterError, UnknownFormatError
 from lora_loaders.files import Contents, read_header
+from lora_loaders.formats import FORMATS
 from lora_loaders.writing import to_tensors, write_adapter
 
 TARGETS = ("peft", "diffusers", "diffusers-old", "kohya", "original", "bfl", "xlabs", "onetrainer", "lycoris")
@@ -610,6 +614,70 @@ def test_the_formats_advised_for_a_part_of_a_fused_module_can_say_it(
     adapter = read_adapter(keys, family=family)
     with pytest.raises(ConversionError) as caught:
         to_tensors(adapter, target)
-    assert f"fused names {advised}" in caught.value.mend
+    assert f"say it {advised}, or make a LoRA of it first: --as lora --rank N." in caught.value.mend
     for form in advised.strip("()").split(", "):
         assert [key for key in to_tensors(adapter, form)[0] if key.endswith(".lokr_w2")]
+
+
+SIDE = 32
+LORA = {"down": torch.randn(2, SIDE), "up": torch.randn(SIDE, 2)}
+LOHA = {f"hada_w{n}_{s}": torch.randn(SIDE, 2) if s == "a" else torch.randn(2, SIDE) for n in (1, 2) for s in "ab"}
+LOKR = {"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(8, 8)}
+IN, OUT = {"magnitude": torch.rand(1, SIDE)}, {"magnitude": torch.rand(SIDE, 1)}
+REMAINDER = {
+    "bias_indices": torch.tensor([[0, 1], [2, 3]]),
+    "bias_values": torch.randn(2),
+    "bias_size": torch.tensor([SIDE, SIDE]),
+}
+APART = {
+    "lora": [LORA],
+    "loha": [LOHA],
+    "lokr": [LOKR],
+    "glora": [{name: LORA["up" if name in ("a1", "b1") else "down"] for name in ("a1", "a2", "b1", "b2")}],
+    "input oft": [{"oft_R": torch.randn(SIDE // 4, 6) * 0.1}],
+    "gain": [{"ia3_l": torch.rand(SIDE, 1)}],
+    "gains of the inputs": [{"weight": torch.rand(SIDE), "on_input": torch.tensor(1)}],
+    "dora over loha": [{**LOHA, **OUT}],
+    "dora per input": [{**LORA, **IN}],
+    "sparse over loha": [{**LOHA, **REMAINDER}],
+    "mixed": [LORA, LOHA, LORA],
+    "mixed under dora": [{**LORA, **OUT}, {**LOHA, **OUT}, {**LORA, **OUT}],
+    "weight and bias": [{"diff": torch.randn(SIDE, SIDE)}, {"bias": torch.randn(SIDE)}, LORA],
+}
+"""Slots of q, k and v, or of each of them, as trained apart."""
+ATTENTION = "transformer_blocks.0.attn"
+
+
+def apart(case: str) -> Adapter:
+    """The case on Flux's q, k and v, no two parts with a tensor in common."""
+    parts = (APART[case] * 3)[:3]
+
+    def own(slots: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: t + torch.rand_like(t) if t.is_floating_point() else t for name, t in slots.items()}
+
+    deltas = {f"{ATTENTION}.to_{name}": build(own(slots), 2.0) for name, slots in zip("qkv", parts, strict=True)}
+    return Adapter({"transformer": deltas}, family="flux1")
+
+
+def can_say(adapter: Adapter, target: str) -> bool:
+    return not isinstance(there_and_back(adapter, target), ConversionError)
+
+
+@pytest.mark.parametrize("target", ["kohya", "original", "diffusers", "xlabs"])
+@pytest.mark.parametrize("case", APART)
+def test_the_ways_out_of_a_refusal_are_those_that_lead_out(case: str, target: str) -> None:
+    """The formats that are named, and no others, write it; so does this one after the LoRA that is advised."""
+    adapter = apart(case)
+    refusal = there_and_back(adapter, target)
+    if isinstance(refusal, Adapter):
+        return
+    able = [form.name for form in FORMATS if form.name != "indexed" and can_say(adapter, form.name)]
+    assert target not in able
+    (named,) = re.findall(r"a format that can say it \(([^)]*)\)", refusal.mend) or [""]
+    assert [name for name in named.split(", ") if name] == able, refusal.mend
+    made = ll.resize(adapter, rank=1, model=tiny_models.pipeline("flux1").transformer).adapter
+    advised = "--as lora --rank" in refusal.mend
+    assert advised == can_say(made, target), refusal.mend
+    assert advised or able or "leave out" in refusal.mend
+    needs_base = any(delta.needs_base for _, _, delta in adapter.modules())
+    assert ("--model" in refusal.mend) == (advised and needs_base), refusal.mend

@@ -205,10 +205,7 @@ class Delta(ABC):
         Raises:
             ConversionError: this algebra cannot say the stacked change.
         """
-        raise ConversionError(
-            f"{cls.kind} deltas of separate modules cannot be stacked into one fused module",
-            mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-        )
+        raise ConversionError(f"{cls.kind} deltas of separate modules cannot be stacked into one fused module")
 
 
 @cache

@@ -89,10 +89,7 @@ class InputBoftDelta(Delta):
         """See `Delta.join`: parts with the same rotation, as those of a split are."""
         first = parts[0]
         if not all(same(part.boft_R, first.boft_R) for part in parts[1:]):
-            raise ConversionError(
-                "rotations of the inputs of separate modules cannot become one fused module's",
-                mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-            )
+            raise ConversionError("rotations of the inputs of separate modules cannot become one fused module's")
         axis = 0 if first.boft_s.shape[-1] == 1 else 1
         return replace(first, boft_s=torch.cat([part.boft_s for part in parts], axis), bias=join_biases(parts))
 

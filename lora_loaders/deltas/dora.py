@@ -172,8 +172,7 @@ class DoraDelta(Delta):
         """See `Delta.join`."""
         if any(part.per_input for part in parts):
             raise ConversionError(
-                "DoRA magnitudes per input column of separate modules cannot become one fused module's",
-                mend="Write a format with split names, or make a LoRA of it first (--as lora --rank N).",
+                "DoRA magnitudes per input column of separate modules cannot become one fused module's"
             )
         inner = join_all([part.inner for part in parts])
         like = parts[0].magnitude

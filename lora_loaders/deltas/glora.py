@@ -118,9 +118,6 @@ class GloraDelta(Delta):
         for part in parts[1:]:
             shared = all(same(getattr(part, name), getattr(first, name)) for name in ("a1", "a2", "b2", "bm"))
             if part.scaling != first.scaling or not shared:
-                raise ConversionError(
-                    "GLoRA deltas of separate modules cannot be stacked into one fused module",
-                    mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-                )
+                raise ConversionError("GLoRA deltas of separate modules cannot be stacked into one fused module")
         bias = join_biases(parts)
         return replace(first, b1=torch.cat([part.b1 for part in parts]), bias=bias)

@@ -123,10 +123,7 @@ class LohaDelta(Delta):
         shared = ("hada_w1_b", "hada_w2_b", "hada_t1", "hada_t2")
         for part in parts[1:]:
             if part.scaling != first.scaling or not all(same(getattr(part, n), getattr(first, n)) for n in shared):
-                raise ConversionError(
-                    "LoHa deltas of separate modules cannot be stacked into one fused module",
-                    mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-                )
+                raise ConversionError("LoHa deltas of separate modules cannot be stacked into one fused module")
         axis = 0 if first.hada_t1 is None else 1
         return replace(
             first,

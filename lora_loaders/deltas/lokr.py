@@ -219,10 +219,7 @@ class LokrDelta(InUnits):
         shared = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"} - {name}
         for part in parts[1:]:
             if part.scaling != first.scaling or not all(same(getattr(part, n), getattr(first, n)) for n in shared):
-                raise ConversionError(
-                    "LoKr deltas of separate modules cannot be stacked into one fused module",
-                    mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-                )
+                raise ConversionError("LoKr deltas of separate modules cannot be stacked into one fused module")
         bias = join_biases(parts)
         return replace(first, **{name: torch.cat([part._row_factor for part in parts])}, bias=bias)
 

@@ -153,10 +153,7 @@ class LoraDelta(Delta):
         sizes = [part.out_features for part in parts]
         is_shared = all(same(part.down, first.down) and same(part.mid, first.mid) for part in parts[1:])
         if not is_shared and any(part.mid is not None for part in parts):
-            raise ConversionError(
-                "LoCon deltas with different Tucker cores cannot be stacked into one fused module",
-                mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-            )
+            raise ConversionError("LoCon deltas with different Tucker cores cannot be stacked into one fused module")
         ratios = [part.scaling / first.scaling for part in parts]
         ups = [_times(part.up, ratio) for part, ratio in zip(parts, ratios, strict=True)]
         up_biases = [

@@ -280,8 +280,5 @@ class InputOftDelta(Delta):
         first = parts[0]
         for part in parts[1:]:
             if part.settings != first.settings or not same(part.oft_R, first.oft_R):
-                raise ConversionError(
-                    "rotations of the inputs of separate modules cannot become one fused module's",
-                    mend="Write a format with split names (peft, diffusers), or convert to lora or full first.",
-                )
+                raise ConversionError("rotations of the inputs of separate modules cannot become one fused module's")
         return replace(first, bias=join_biases(parts))

@@ -99,10 +99,7 @@ class RowsDelta(Delta):
             ConversionError: always; only `join` can undo the cut.
         """
         rows = ", ".join(f"{start} to {stop}" for start, stop in self.spans)
-        raise ConversionError(
-            f"no format can say rows {rows} of a fused module's {self.inner.kind} delta",
-            mend=f"{WAYS_OUT} That needs the base weights: --model." if self.needs_base else WAYS_OUT,
-        )
+        raise ConversionError(f"no format can say rows {rows} of a fused module's {self.inner.kind} delta")
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the inner delta, and the chosen part of the bias."""
