@@ -13,7 +13,7 @@ from .detection import is_last_by_rows
 from .errors import ConversionError
 from .families import Family, Names
 from .families.rules import Resolved
-from .formats import KOHYAS, Format
+from .formats import Format
 from .kohya_names import Flattened
 
 APART = "Write one file for each component: convert has component=…, the command line --component."
@@ -74,7 +74,7 @@ def prefix_of(component: str, writing: Writing) -> str | None:
         encoder = form.encoders.get(encoder, "")
     if "{encoder}" in template and not encoder:
         return None  # its name is not known
-    if "{component}" in template or form.name == "peft":
+    if "{component}" in template or form.one_model:
         return template.format(component=component)
     if family is None or is_encoder:
         return template.format(number=number, encoder=encoder)
@@ -83,7 +83,7 @@ def prefix_of(component: str, writing: Writing) -> str | None:
         dialect_of(component, writing) == "diffusers" or not _routes(component, family)
     ):
         return None
-    return template + (family.level if form.name == "original" else "")
+    return template + (family.level if form.has_level else "")
 
 
 def stand_in(adapter: Adapter, family: Family | None) -> str | None:
@@ -106,7 +106,7 @@ def dialect_of(component: str, writing: Writing) -> str:
     if not component.startswith("text_encoder"):
         return names
     # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
-    if form.name in KOHYAS and family is not None:
+    if form.trainer == "kohya" and family is not None:
         return "trainer" if family.components[component].has("trainer") else "diffusers"
     return names if form.names == "original" else "diffusers"
 
@@ -116,7 +116,7 @@ def renamed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> li
     family, form = writing.family, writing.form
     if form.name == "indexed":
         return _indexed(deltas, component, writing)
-    if form.name == "peft" and family is not None and component != writing.stand_in:
+    if form.one_model and family is not None and component != writing.stand_in:
         _refuse_strangers(deltas, component, family, writing)
     names = dialect_of(component, writing)
     if names == "diffusers" or family is None:

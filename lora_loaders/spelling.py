@@ -15,7 +15,7 @@ from .scaling import plain_alpha
 def spelled(delta: Delta, form: Format) -> Delta:
     """The same change with its alpha where the format has it: plain where a tensor holds it, or folded in."""
     if not isinstance(delta, LoraDelta):
-        return delta if form.name == "peft" else plain(delta)
+        return delta if form.one_model else plain(delta)
     if form.alpha == "metadata":
         return delta
     if form.alpha == "folded":
