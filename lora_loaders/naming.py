@@ -13,7 +13,7 @@ from .detection import is_last_by_rows
 from .errors import ConversionError
 from .families import Family, Names
 from .families.rules import Resolved
-from .formats import KOHYAS, Format
+from .formats import Format
 from .kohya_names import Flattened
 
 APART = "Write one file for each component: convert has component=…, the command line --component."
@@ -54,6 +54,12 @@ class Writing:
         if error.mend:
             self.mends[self.problems[-1]] = error.mend
 
+    def refuse_component(self, component: str, reason: str = "") -> None:
+        """Note that the format has no word for a component; the way out is a file of its own, where it has such."""
+        apart = self.family is not None and component in self.family.apart
+        what = f"{component}: the format has no word for this component{reason}"
+        self.refuse(ConversionError(what, mend=APART if apart else ""))
+
 
 def prefix_of(component: str, writing: Writing) -> str | None:
     """What stands before the names of a component's modules; None where the format has no word for the component."""
@@ -68,7 +74,7 @@ def prefix_of(component: str, writing: Writing) -> str | None:
         encoder = form.encoders.get(encoder, "")
     if "{encoder}" in template and not encoder:
         return None  # its name is not known
-    if "{component}" in template or form.name == "peft":
+    if "{component}" in template or form.one_model:
         return template.format(component=component)
     if family is None or is_encoder:
         return template.format(number=number, encoder=encoder)
@@ -77,7 +83,7 @@ def prefix_of(component: str, writing: Writing) -> str | None:
         dialect_of(component, writing) == "diffusers" or not _routes(component, family)
     ):
         return None
-    return template + (family.level if form.name == "original" else "")
+    return template + (family.level if form.has_level else "")
 
 
 def stand_in(adapter: Adapter, family: Family | None) -> str | None:
@@ -100,7 +106,7 @@ def dialect_of(component: str, writing: Writing) -> str:
     if not component.startswith("text_encoder"):
         return names
     # Trainers, XLabs and OMI call an encoder's modules as transformers does, ComfyUI as the checkpoint does.
-    if form.name in KOHYAS and family is not None:
+    if form.trainer == "kohya" and family is not None:
         return "trainer" if family.components[component].has("trainer") else "diffusers"
     return names if form.names == "original" else "diffusers"
 
@@ -110,7 +116,7 @@ def renamed(deltas: Mapping[str, Delta], component: str, writing: Writing) -> li
     family, form = writing.family, writing.form
     if form.name == "indexed":
         return _indexed(deltas, component, writing)
-    if form.name == "peft" and family is not None and component != writing.stand_in:
+    if form.one_model and family is not None and component != writing.stand_in:
         _refuse_strangers(deltas, component, family, writing)
     names = dialect_of(component, writing)
     if names == "diffusers" or family is None:
@@ -126,9 +132,7 @@ def _refuse_strangers(deltas: Mapping[str, Delta], component: str, family: Famil
     strangers = {path: owner for path, owner in owners.items() if owner not in (component, None)}
     if len(strangers) == len(deltas):
         others = ", ".join(sorted({str(owner) for owner in strangers.values()}))
-        writing.problems.append(
-            f"{component}: the format has no word for this component, and its names are read as those of {others}"
-        )
+        writing.refuse_component(component, f", and its names are read as those of {others}")
     else:
         writing.problems += [f"{component}.{path}: read as one of {owner}" for path, owner in strangers.items()]
 

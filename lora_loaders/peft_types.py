@@ -114,7 +114,7 @@ def plain(delta: Delta) -> Delta:
             raise ConversionError(
                 f"the format has no scaling for two whole LoKr factors, and {delta.whole_scaling:g} cannot be "
                 f"multiplied into {scaled.dtype} without rounding",
-                mend="Choose another format, or write in float32.",
+                mend="Choose another format, or write with dtype=torch.float32.",
             )
         return replace(delta, lokr_w2=scaled, whole_scaling=1.0)
     return delta

@@ -18,7 +18,7 @@ OF_PEFT = ("peft", "diffusers")
 def spelled(delta: Delta, form: Format) -> Delta:
     """The same change with its alpha where the format has it: plain where a tensor holds it, or folded in."""
     if not isinstance(delta, LoraDelta):
-        return delta if form.name == "peft" else plain(delta)
+        return delta if form.one_model else plain(delta)
     if form.name not in OF_PEFT:
         delta = replace(delta, embedding=False)
     if form.alpha == "metadata":

@@ -64,18 +64,17 @@ def to_tensors(
 
 def _gathered(adapter: Adapter, form: Format, family: Family | None) -> Writing:
     """All that is written of an adapter, and what of it the format cannot say."""
-    writing = Writing(form, family, kohya_names(adapter, family) if family else "diffusers", stand_in(adapter, family))
+    trainer_names = kohya_names(adapter, family) if family else "diffusers"
+    writing = Writing(form, family, trainer_names, stand_in(adapter, family))
     components = list(adapter.components)
-    if form.name == "peft" and len(components) > 1:
+    if form.one_model and len(components) > 1:
         several = f"one model a file, this adapter changes {', '.join(components)}"
         writing.refuse(ConversionError(several, mend=APART))
     writing.parameters |= parameters_of(adapter)
     for component in components:
         prefix = prefix_of(component, writing)
         if prefix is None:
-            is_apart = family is not None and component in family.apart
-            unsaid = f"{component}: the format has no word for this component"
-            writing.refuse(ConversionError(unsaid, mend=APART if is_apart else ""))
+            writing.refuse_component(component)
             continue
         for name, delta in renamed(adapter.deltas[component], component, writing):
             _write_delta(name, delta, component, prefix, writing)
@@ -193,10 +192,10 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         inner = spelled(delta.inner if isinstance(delta, DoraDelta) else delta, form)
         slots = {**inner.slots(), **magnitude_slots(delta, form)}
         # diffusers reads a LoRA through PEFT; the other algebras it refuses aloud, and they are written for others.
-        through_peft = form.name == "peft" or (form.name == "diffusers" and isinstance(inner, LoraDelta))
+        through_peft = form.one_model or (form.name == "diffusers" and isinstance(inner, LoraDelta))
         if through_peft:
             refuse_unreadable(delta)
-        written = wrapped(name, writing.parameters) if form.name == "peft" else name
+        written = wrapped(name, writing.parameters) if form.one_model else name
     except ConversionError as error:
         writing.refuse(error, where)
         return
@@ -218,14 +217,14 @@ def _write_delta(name: str, delta: Delta, component: str, prefix: str, writing: 
         if suffix is None:
             writing.problems.append(f"{where}: the format has no word for {slot}")
             continue
-        writing.tensors[f"{start}{suffix}"] = for_peft(slot, tensor) if form.name == "peft" else tensor
+        writing.tensors[f"{start}{suffix}"] = for_peft(slot, tensor) if form.one_model else tensor
     writing.changes.append(inner)
     alpha = inner.alpha_value
     if form.alpha == "metadata" and isinstance(inner, LoraDelta | ExpertsDelta):
         writing.alphas.setdefault(component, {})[name] = inner
         if isinstance(delta, DoraDelta):
             writing.doras.add(f"{component}.{name}")
-    elif form.name == "peft":
+    elif form.one_model:
         writing.tuned[name] = inner
     elif form.alpha != "folded" and alpha is not None:
         # PEFT's configuration speaks of LoRA alone; diffusers reads a tensor for the other algebras.

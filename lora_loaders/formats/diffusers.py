@@ -44,4 +44,5 @@ PEFT = Format(
     algebras=frozenset({*LOW_RANK, "experts", "lokr", "loha", "input-oft", "input-boft", "gain"}),
     slots={"oft_R": ".oft_R.weight"},
     magnitude="out",
+    one_model=True,
 )

@@ -31,6 +31,8 @@ class Format:
         encoders: its words for ComfyUI's names of text encoders, where it has others, or words for some of them alone.
         prefixes: prefixes by which it is known when read, "" for none at all.
         trainer: whose statements on the base model stand in the header, if a family knows any.
+        one_model: a file is of one model, whose name is in no key, and PEFT's configuration describes its changes.
+        has_level: whether a family's `level` stands above the denoiser's names.
         metadata: entries of the header that are the same in all its files.
     """
 
@@ -49,4 +51,6 @@ class Format:
     tells_shape: bool = False
     encoders: Mapping[str, str] | None = None
     trainer: Literal["", "kohya", "onetrainer"] = ""
+    one_model: bool = False
+    has_level: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -12,6 +12,7 @@ ORIGINAL = Format(
     slots={"magnitude": ".dora_scale"},
     core_style="kohya",
     tells_shape=True,
+    has_level=True,
 )
 # BFL's own Control files: no prefix, bias on the up factor, replaced norm scales.
 BFL = Format(
