@@ -246,14 +246,14 @@ def move(models: Iterable[nn.Module], names: Sequence[str], device: torch.device
         try:
             with writable():
                 moved = [parameter.data.to(device) for parameter in found]
+            for parameter, data in zip(found, moved, strict=True):
+                parameter.data = data  # one that is on another kind of device (meta) is refused, the first at once
         except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
             raise AdapterStateError(
                 f"{', '.join(names)} cannot be put on {device}: {str(error).splitlines()[0]}",
                 mend="Give a device that torch has here, such as 'cpu' or 'cuda:0', with room for them.",
                 state=NOTHING,
             ) from error
-        for parameter, data in zip(found, moved, strict=True):
-            parameter.data = data
         refresh(layers)
 
 

@@ -24,6 +24,9 @@ from .peft_parameters import read_with_parameters, registered
 from .placing import Layout, Reading, bind, own_path
 from .scaling import Scalings
 
+DAMAGED = "The file is damaged, or its trainer writes something that is not known yet."
+SEVERAL = "Keys of it mean the same tensor, as where one file holds several adapters: keep the keys of one of them."
+
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Adapter
 
 
@@ -94,7 +97,7 @@ def parse(
         raise MalformedAdapterError(
             f"{contents.label} ({spelling}): {malformed} of {len(modules)} modules are malformed",
             problems=reading.problems,
-            mend="The file is damaged, or its trainer writes something that is not known yet.",
+            mend=SEVERAL if any(module.repeated for module in modules) else DAMAGED,
             state=UNTOUCHED,
         )
     if reading.unsaid:

@@ -245,7 +245,7 @@ def check_foreign(models: Mapping[str, nn.Module]) -> None:
         if is_foreign(model):
             raise AdapterStateError(
                 f"{component} carries peft's layers, for adapters {', '.join(adapter_names(model)) or 'that are gone'}",
-                mend="Unload them first with diffusers' own unload_lora_weights(), before ll.attach(pipe).",
+                mend="Unload them first with diffusers' own unload_lora_weights(), before attach or patch_diffusers.",
                 state="Nothing was changed.",
             )
 

@@ -304,7 +304,7 @@ def test_parking_an_adapter_keeps_the_picture() -> None:
         pipe.set_lora_device(["zzz"], "cpu")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta:1:2"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta:1:2", "meta"])
 def test_a_device_that_is_not_there_moves_nothing(device: str) -> None:
     pipe = attached("sd15")
     pipe.load_lora_weights(made_for("sd15").tensors, "a")

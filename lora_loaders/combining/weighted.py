@@ -11,6 +11,7 @@ from lora_loaders.deltas import Delta, LoraDelta
 from lora_loaders.errors import ConversionError
 from lora_loaders.families import Family
 from lora_loaders.saving import capture
+from lora_loaders.weights import number, one_each
 
 from .arithmetic import METHODS, Majority, Method, check_density, combine
 from .merging import merge
@@ -47,7 +48,7 @@ def weighted_adapter(
         majority: how `ties` elects a sign.
 
     Raises:
-        AdapterStateError: no such adapter.
+        AdapterStateError: no such adapter, or not one number for each.
         ConversionError: a way that is not there, or adapters that it cannot combine.
     """
     if combination not in COMBINATIONS:
@@ -58,6 +59,7 @@ def weighted_adapter(
     method = plain.get(combination.removesuffix("_svd"), "linear")
     if method != "linear" and density is None:
         raise ConversionError(f"{combination} prunes: give density=…", state=UNCHANGED)
+    weights = [number(weight) for weight in one_each(names, weights)]
     adapters = [capture(models, name, family) for name in names]
     share = 1.0 if density is None else density
     if combination in METHODS:

@@ -84,4 +84,8 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing() -> None:
         made.add_weighted_adapter(["one", "two"], WEIGHTS, "both", "ties")
     with pytest.raises(ll.AdapterStateError):
         made.add_weighted_adapter(["one", "three"], WEIGHTS, "both")
+    with pytest.raises(ll.AdapterStateError, match="length of the weights 1"):
+        made.add_weighted_adapter(["one", "two"], [1.0], "both")
+    with pytest.raises(ll.AdapterStateError, match="function"):
+        made.add_weighted_adapter(["one"], [lambda progress: progress], "both")
     assert [name for name in ("one", "two", "both") if name in made.peft_config] == ["one", "two"]
