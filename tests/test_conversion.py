@@ -381,7 +381,7 @@ def test_one_key_in_two_spellings_of_a_suffix_is_reported() -> None:
 def test_one_key_in_two_spellings_with_other_numbers_is_an_error() -> None:
     own = pair()
     other = {"lora_unet_img_in.lora_A.weight": own["lora_unet_img_in.lora_down.weight"] + 1}
-    with pytest.raises(MalformedAdapterError, match="differ(.|\n)*several adapters"):
+    with pytest.raises(MalformedAdapterError, match=r"differ(.|\n)*several adapters"):
         parse(Contents({**own, **other}), "flux1")
 
 
