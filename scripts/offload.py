@@ -154,7 +154,7 @@ def check_parking(device: torch.device) -> bool:
     before = run(model, device)
     places: list[set[str]] = []
     for target in ("cpu", device):
-        activity.move(model, ["a", "b"], target)
+        activity.move([model], ["a", "b"], target)
         places.append({p.device.type for _, layer in adapter_layers(model) for p in layer.parameters_of("a")})
         if not torch.equal(run(model, device), before):
             return False

@@ -141,8 +141,8 @@ def test_butterflies_that_reach_into_no_other_group_turn_each_by_its_own(stages:
 JOINING: dict[str, dict[str, Tensor]] = {
     # Eight inputs to a block, twelve to a group: the middle one of three reaches into both.
     "blocks across groups": {"oft_R": torch.zeros(GROUPS * COLUMNS * 2 // 8, 28)},
-    # The third stage turns halves of four blocks together: sixteen inputs, of which a group has twelve.
-    "butterflies across groups": {"boft_R": torch.zeros(3, 6, 4, 4), "boft_s": torch.ones(1, ROWS)},
+    # The third stage turns halves of four blocks together: eight inputs, and a group has twelve.
+    "butterflies across groups": {"boft_R": torch.zeros(3, 12, 2, 2), "boft_s": torch.ones(1, ROWS)},
     "blocks of butterflies across groups": {"boft_R": torch.zeros(1, 3, 8, 8), "boft_s": torch.ones(1, ROWS)},
     "peft's lora": {
         "lora_A.weight": torch.zeros(4, GROUPS * COLUMNS, 1, 2),
