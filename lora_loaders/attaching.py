@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .buffers import BufferMover, writable
+from .buffers import BufferMover, tensors_apart, writable
 from .deltas import Delta
 from .errors import AdapterStateError
 from .gates import changing, exclusive
@@ -170,8 +170,8 @@ def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
     """The deltas where their layers compute and in their dtype, in memory of their own.
 
     Parts of a fused module share one `down`, and a caller's dictionary shares everything; parameters share nothing, not
-    even a buffer: savers of a whole state dict (accelerate's, safetensors' `save_model`) keep one tensor of each. A
-    batched copy for each device and dtype costs less than a copy a tensor.
+    even a storage: savers of a whole state dict (accelerate's, safetensors' `save_model`) keep one tensor of each. One
+    allocation for each device and dtype, filled in one batched copy, costs less than one a tensor.
     """
     groups: dict[_Place, list[Tensor]] = {}
     wanted: list[tuple[Delta, dict[str, _Place]]] = []
@@ -189,10 +189,10 @@ def _settled(bindings: Sequence[tuple[Binding, AdapterLayer]]) -> list[Delta]:
 
 
 def _copies(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Copies of the tensors, each with its own memory."""
+    """Copies of the tensors, in one new allocation."""
     move = BufferMover(device)
     with writable():
-        targets = [torch.empty(tensor.shape, dtype=dtype, device=device) for tensor in tensors]
+        targets = tensors_apart([tensor.shape for tensor in tensors], dtype, device)
     torch._foreach_copy_(targets, [move(tensor.detach()) for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
     return targets
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ def part_of(buffer: Tensor, shape: Sequence[int], start: int) -> Tensor:
         strides.append(step)
         step *= size
     return buffer.as_strided(shape, strides[::-1], start)
+
+
+ALIGNMENT = 512
+"""Bytes between the starts of neighbouring tensors are multiples of this, so that each is aligned for any kernel."""
+
+
+def tensors_apart(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """New tensors without values in one allocation, each with a storage of its own: none seems to share memory."""
+    sizes = [shape.numel() * dtype.itemsize for shape in shapes]
+    starts = list(accumulate([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], initial=0))
+    whole = torch.empty(starts[-1], dtype=torch.uint8, device=device).untyped_storage()
+    parts = [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return [_over(part, dtype, device, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def writable() -> AbstractContextManager[Any]:
@@ -56,6 +70,9 @@ class BufferMover:
 
 def _flat(storage: torch.UntypedStorage, dtype: torch.dtype, device: torch.device) -> Tensor:
     """All of a buffer as one row of this dtype."""
+    return _over(storage, dtype, device, (storage.nbytes() // dtype.itemsize,))
+
+
+def _over(storage: torch.UntypedStorage, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> Tensor:
     empty = torch.empty(0, dtype=dtype, device=device)
-    size = (storage.nbytes() // dtype.itemsize,)
-    return empty.set_(storage, 0, size)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return empty.set_(storage, 0, shape)  # pyright: ignore[reportArgumentType, reportCallIssue]
