@@ -25,6 +25,8 @@ ALIGNMENT = 512
 
 def tensors_apart(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """New tensors without values in one allocation, each with a storage of its own: none seems to share memory."""
+    if device.type == "meta":
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     sizes = [shape.numel() * dtype.itemsize for shape in shapes]
     starts = list(accumulate([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], initial=0))
     whole = torch.empty(starts[-1], dtype=torch.uint8, device=device).untyped_storage()
