@@ -46,7 +46,8 @@ def to_tensors(
     form = format_named(format)
     adapter.refuse_unresolved()
     family = family_named(adapter.family, families) if adapter.family else None
-    writing = _gathered(adapter, form, family)
+    trainer_names = kohya_names(adapter, family) if family else "diffusers"
+    writing = _gathered(adapter, Writing(form, family, trainer_names, stand_in(adapter, family)))
     if writing.problems:
         raise ConversionError(
             f"{form.name} cannot say this adapter ({adapter.describe()}; {adapter.source}): "
@@ -62,21 +63,24 @@ def to_tensors(
     return writing.tensors, metadata, writing.config
 
 
-def _gathered(adapter: Adapter, form: Format, family: Family | None) -> Writing:
-    """All that is written of an adapter, and what of it the format cannot say."""
-    trainer_names = kohya_names(adapter, family) if family else "diffusers"
-    writing = Writing(form, family, trainer_names, stand_in(adapter, family))
+def _gathered(adapter: Adapter, writing: Writing, *, asks_only: bool = False) -> Writing:
+    """All that is written of an adapter, and what of it the format cannot say; only the first such if `asks_only`."""
+    form = writing.form
     components = list(adapter.components)
     if form.one_model and len(components) > 1:
         several = f"one model a file, this adapter changes {', '.join(components)}"
         writing.refuse(ConversionError(several, mend=APART))
     writing.parameters |= parameters_of(adapter)
     for component in components:
+        if asks_only and writing.problems:
+            return writing
         prefix = prefix_of(component, writing)
         if prefix is None:
             writing.refuse_component(component)
             continue
         for name, delta in renamed(adapter.deltas[component], component, writing):
+            if asks_only and writing.problems:
+                return writing
             _write_delta(name, delta, component, prefix, writing)
     for token, vector in adapter.embeddings.items():
         writing.tensors[token] = vector
@@ -92,9 +96,14 @@ def _ways_out(adapter: Adapter, writing: Writing) -> str:
     mends = list(dict.fromkeys(writing.mends.values()))
     if len(writing.mends) == len(writing.problems):
         return " ".join(mends)
-    able = [f.name for f in FORMATS if f is not writing.form and not _gathered(adapter, f, writing.family).problems]
+
+    def says(form: Format, adapter: Adapter) -> bool:
+        empty = Writing(form, writing.family, writing.trainer_names, writing.stand_in)
+        return not _gathered(adapter, empty, asks_only=True).problems
+
+    able = [form.name for form in FORMATS if form is not writing.form and says(form, adapter)]
     ways = [f"write a format that can say it ({', '.join(able)})"] if able else []
-    if not _gathered(adapter.map(_as_lora), writing.form, writing.family).problems:
+    if says(writing.form, adapter.map(_as_lora)):
         needs_base = any(delta.needs_base and _as_lora(delta) is not delta for _, _, delta in adapter.modules())
         ways.append("make a LoRA of it first: --as lora --rank N" + " (and --model, its base weights)" * needs_base)
     ways = ways or ["leave out what is named here: no other format can say it either"]
