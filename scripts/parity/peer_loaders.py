@@ -237,11 +237,16 @@ def sampled(modules: Sequence[Module]) -> list[Module]:
 
 
 def subject(label: str, family: str, spellings: tuple[str, ...], modules: Sequence[Module], load: Any) -> Subject:
-    """Ask the tables, through a difference that holds row numbers, where diffusers' modules lie."""
+    """Ask the tables, through a difference that holds row numbers, where diffusers' modules lie.
+
+    It is as wide as the weight: rows an input tell the last block of Stable Diffusion 3, whose halves are swapped.
+    """
     modules = sampled(modules)
     numbers = {
-        f"{m.stem}.diff": torch.arange(m.shape[0], dtype=torch.float64).view(-1, *[1] * (max(len(m.shape), 2) - 1))
-        + (index << 20)
+        f"{m.stem}.diff": torch.arange(m.shape[0], dtype=torch.float64)
+        .view(-1, *[1] * (max(len(m.shape), 2) - 1))
+        .add(index << 20)
+        .expand(m.shape if len(m.shape) > 1 else (-1, 1))
         for index, m in enumerate(modules)
     }
     adapter = ll.read_adapter(numbers, family=family)
