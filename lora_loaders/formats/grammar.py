@@ -122,7 +122,7 @@ PREFIXES: Mapping[str, str] = {
     "module.": "",
     "pipe.": "",
     "dit.": "denoiser",
-    "Hunyuan_video_I2V_lora_": "denoiser",
+    "Hunyuan_video_I2V_lora_": "denoiser",  # `lora_unet_` by another name, which a trainer of a single model chose
     "lora_unet_": "denoiser",
     "lora_transformer_": "denoiser",
     "lora_prior_unet_": "denoiser",
