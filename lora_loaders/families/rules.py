@@ -340,9 +340,9 @@ class Writing:
         plain = [rule for rule in rules if not rule.source.endswith("**")]
         self._rules = _index(_Template(target, rule) for rule in plain for target in rule.targets)
         self._wildcards = [rule for rule in rules if rule.source.endswith("**")]
+        self.source = lru_cache(maxsize=1 << 14)(self._source)
 
-    @lru_cache(maxsize=1 << 16)  # noqa: B019  # tables live as long as the process, and each write asks twice
-    def source(self, path: str) -> tuple[str, Resolved]:
+    def _source(self, path: str) -> tuple[str, Resolved]:
         """The name that this diffusers path is part of, and all the paths that share it, in order."""
         flat = flatten(path)
         for template in self._rules.get(NUMBER.sub("#", flat), ()):
