@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import pipeline, unet, vae
@@ -100,3 +101,13 @@ def test_a_prefix_is_taken_off_keys_alphas_and_header(kind: str, alphas: str, pr
         )
     assert (dict(report.unmatched), dict(report.ignored)) == ({}, {})
     assert_same(model, other)
+
+
+def test_a_key_that_stands_there_without_the_prefix_too_is_not_left_out_silently(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model: Any = ll.attach(nn.ModuleDict({"blk": nn.Linear(4, 4)}))
+    own = {"my.blk.lora_A.weight": torch.ones(2, 4), "my.blk.lora_B.weight": torch.ones(4, 2)}
+    model.load_lora_adapter({**own, "blk.lora_A.weight": torch.zeros(2, 4)}, prefix="my", adapter_name="a")
+    assert "1 keys stand there without my. too" in caplog.text
+    assert model["blk"].lora_A["a"].weight.eq(1).all()

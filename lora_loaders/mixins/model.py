@@ -1,5 +1,6 @@
 """LoraModelMixin: every LoRA method of diffusers' models, over any `nn.Module`."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from lora_loaders.writing import write_adapter
 
 from .around import around_own
 from .saving import save, save_bare
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _NAMED = re.compile(r"(?:unet|transformer(?:_2|_ref)?|text_encoder(?:_\d)?|connectors|text_conditioner)\.")
@@ -350,6 +353,8 @@ def _without(prefix: str, contents: Contents) -> Contents:
     """The contents without this prefix, as those of one model; a key that has it goes before the same without."""
     cut = {key.removeprefix(f"{prefix}."): tensor for key, tensor in contents.tensors.items() if _has(prefix, key)}
     bare = {key: tensor for key, tensor in contents.tensors.items() if not _has(prefix, key) and key not in cut}
+    if twice := len(contents.tensors) - len(cut) - len(bare):
+        logger.warning("%s: %d keys stand there without %s. too; those are left out", contents.label, twice, prefix)
     return replace(contents, tensors={**cut, **bare}, metadata=of_one_model(contents.metadata, prefix, contents.label))
 
 
